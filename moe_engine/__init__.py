@@ -1,0 +1,15 @@
+"""moe_engine: a compact, parallelism-first training engine for Mixture-of-Experts language models.
+
+Notation, used everywhere. A local tensor carries its dimensions as a suffix (`x_TD`, `weight_TK`); parameters and
+checkpoint keys do not (`experts.w_gate_up`).
+
+    B sequences          T tokens here           E experts              R routed rows leaving (T*K)
+    S sequence length    D hidden size           L experts here (E/ep)  M rows received
+    V vocabulary         F expert / FFN width    K experts per token    C head dim
+                         H query heads           G kv heads
+
+Placement, in docstrings: `x[T/tp, D]` is cut along tp; `y[T, D]{tp}` is a partial sum still to be reduced over tp.
+`axis` is a direction of the mesh (dp, ep, tp), `dim` a dimension of a tensor.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,271 @@
+"""A run as one frozen, validated value: `Run` and its sections.
+
+    Run -- model      what is trained: Hugging Face's names for sizes, plus routing and balancing
+        -- parallel   dp x ep x tp, ZeRO, buckets (Megatron's and DeepSpeed's words)
+        -- optimizer  AdamW and its schedule
+        -- data       domains, tokenizer, masks
+        -- train      length, batch, precision, recompute, where results go
+
+Each part of the engine is built from its own section and never sees the rest. Unknown keys are refused, `null` means
+"the default". `config_cli.load` fills a Run from defaults < YAML < command line, derives what was not given and reports
+everything that is wrong at once; `config_layout` checks a Run against a number of ranks. No torch here: `--help`, the
+planner and the tests of the layout rules start without it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Size = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+AuxLoss = Literal["micro_batch", "sequence", "global_batch", "hf_mixtral", "layerwise", "deepspeed_top2", "none"]
+
+
+class Section(BaseModel):
+    """Base of the sections: frozen, extra keys refused, no NaN or infinity, no boolean read as a number, 5e7 is whole."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        return {k: v for k, v in values.items() if v is not None or k not in fields or fields[k].default is None}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError("expected no boolean")
+        if kind is int and isinstance(value, str) and "e" in value.lower() and is_number(value):
+            return float(value)  # 5e7 is a whole number; 1.5e0 is refused by the field
+        return value
+
+
+class RopeScaling(Section):
+    """Llama-3 scaling of the rotary frequencies; the keys are Hugging Face's."""
+
+    rope_type: Literal["llama3"] = "llama3"
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position_embeddings: Size
+
+    @model_validator(mode="after")
+    def _bands(self) -> "RopeScaling":
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} must be larger than low_freq_factor {self.low_freq_factor}"
+            )
+        return self
+
+
+class Model(Section):
+    """Sizes and routing of a Llama or Mixtral decoder; num_local_experts 0 is a dense model.
+
+    `num_key_value_heads`, `head_dim` and `moe_intermediate_size` are derived when not given and always hold a number.
+    """
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size  # of dense layers; of experts too unless moe_intermediate_size is given
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size = Field(default_factory=lambda given: given["num_attention_heads"])
+    head_dim: Size = Field(default_factory=lambda given: max(given["hidden_size"] // given["num_attention_heads"], 1))
+    rms_norm_eps: Positive = 1e-5
+    rope_theta: Positive = 1e4
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: Size = 4096
+    tie_word_embeddings: bool = False
+    initializer_range: Positive = 0.02
+
+    num_local_experts: Count = 0
+    num_experts_per_tok: Size = 2
+    moe_intermediate_size: Size = Field(default_factory=lambda given: given["intermediate_size"])
+    norm_topk_prob: bool = True  # the weights of the chosen experts are renormalised to sum 1
+    moe_layers: Literal["all"] | tuple[Count, ...] = "all"  # which layers hold experts; the others are dense
+    routed_scaling_factor: Positive = 1.0  # multiplies the routed output
+    capacity_factor: Positive | None = None  # None: dropless
+    router_jitter_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    router_aux_loss: AuxLoss = "micro_batch"
+    router_aux_loss_coef: NonNegative = 0.01
+    router_z_loss_coef: NonNegative = 0.0
+    expert_bias_update_rate: NonNegative = 0.0  # 0: no expert bias
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (from 0) holds experts."""
+        return self.num_local_experts > 0 and (self.moe_layers == "all" or layer in self.moe_layers)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Number of decoder layers that hold experts."""
+        return sum(self.is_moe(layer) for layer in range(self.num_hidden_layers))
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> "Model":
+        heads, groups, experts = self.num_attention_heads, self.num_key_value_heads, self.num_local_experts
+        problems = []
+        if "head_dim" not in self.model_fields_set and self.hidden_size % heads:
+            problems.append(f"num_attention_heads {heads} does not divide hidden_size {self.hidden_size}: give head_dim")
+        elif self.head_dim % 2:
+            problems.append(f"head_dim {self.head_dim} is odd: rotary embeddings need an even one")
+        if heads % groups:
+            valid = ", ".join(map(str, divisors(heads)))
+            problems.append(f"num_key_value_heads {groups} does not divide num_attention_heads {heads}: valid are {valid}")
+        if experts and self.num_experts_per_tok > experts:
+            problems.append(
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than num_local_experts {experts}: "
+                f"valid are 1 to {experts}"
+            )
+        if self.moe_layers != "all":
+            if len(set(self.moe_layers)) < len(self.moe_layers):
+                problems.append(f"moe_layers {list(self.moe_layers)} names a layer twice")
+            if max(self.moe_layers, default=0) >= self.num_hidden_layers:
+                problems.append(
+                    f"moe_layers {list(self.moe_layers)} names a layer past the last: "
+                    f"valid are 0 to {self.num_hidden_layers - 1}"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class Parallel(Section):
+    """How ranks share the work. world = dp * ep * tp; tp varies fastest, then ep, then dp.
+
+    dp counts the replicas of each expert; all dp * ep ranks of one tp rank read different data. Bucket sizes count
+    ELEMENTS, as in DeepSpeed: 5e7 is 100 MB of bf16 gradients, not 50 MB. More in `config_layout`.
+    """
+
+    dp: Size = 1  # derived from the number of ranks when not given
+    ep: Size = 1
+    tp: Size = 1
+    zero: Annotated[int, Field(ge=0, le=3)] = 2
+    offload_optimizer: bool = False  # optimizer states live in host memory
+    overlap_comm: bool = True
+    reduce_bucket_size: Size = 50_000_000  # elements
+    allgather_bucket_size: Size = 50_000_000  # elements
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up from 0 to `lr`, then cosine down to `min_lr` at the last step."""
+
+    lr: Positive = 1e-3
+    min_lr: NonNegative = 0.0
+    warmup_steps: Count = 0  # derived as steps // 10 when not given
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip_grad: NonNegative = 1.0  # largest global gradient norm; 0: no clipping
+
+    @model_validator(mode="after")
+    def _falls(self) -> "Optimizer":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        return self
+
+
+class Domain(Section):
+    """One source of text: a prepared folder, drawn with probability weight / sum of weights.
+
+    Also read from a string, `path`, `name=path` or `name=path:weight`; a path alone is named after its last part.
+    """
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[\w.+-]+$")]
+    path: Annotated[str, Field(min_length=1)]
+    weight: Positive = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        name, equals, path = value.partition("=")
+        if not equals or "/" in name:
+            name, path = "", value
+        start, colon, weight = path.rpartition(":")
+        given = {"name": name, "path": path}
+        if colon and start and is_number(weight):
+            given |= {"path": start, "weight": weight}
+        given["name"] = given["name"] or given["path"].rstrip("/").rpartition("/")[2]
+        return given
+
+
+class Data(Section):
+    """What is read. Without domains: the Python standard library's own sources, found on this machine, as bytes."""
+
+    domains: tuple[Domain, ...] = ()
+    tokenizer: str | None = None  # None: the one the data was prepared with (bytes for the default corpus)
+    document_mask: bool = True  # attention and positions restart at each document of a packed window
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01  # held out for evaluation
+    on_bad_row: Literal["stop", "skip"] = "stop"
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Data":
+        names = [domain.name for domain in self.domains]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"domains: the name {', '.join(twice)} is used twice: write name=path to tell them apart")
+        return self
+
+
+class Train(Section):
+    """Length, batch and bookkeeping. global_batch = micro_batch * accumulation * dp * ep, in sequences per step."""
+
+    steps: Size = 300
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seq_length: Annotated[int, Field(ge=2)] = 256
+    micro_batch: Size = 1
+    global_batch: Size = 1  # derived from accumulation when not given
+    accumulation: Size = 1  # micro-batches per step; derived from global_batch when that is given
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "selective", "full"] = "none"
+    out: Annotated[str, Field(min_length=1)] = "runs/default"
+    resume: str | None = None  # None, "auto" (the newest checkpoint in out) or the path of a checkpoint
+    save_every: Size = 500
+    eval_every: Size = 100
+    eval_batches: Size = 8
+    log_every: Size = 10
+
+
+class Run(Section):
+    """A whole run. `config_cli.load` builds one whose derived values are all filled in."""
+
+    model: Model
+    parallel: Parallel = Parallel()
+    optimizer: Optimizer = Optimizer()
+    data: Data = Data()
+    train: Train = Train()
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the layout needs."""
+        return self.parallel.dp * self.parallel.ep * self.parallel.tp
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read different data: dp * ep."""
+        return self.parallel.dp * self.parallel.ep
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def is_number(text: str) -> bool:
+    """Whether `text` reads as a float."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

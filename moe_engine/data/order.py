@@ -1,0 +1,96 @@
+"""A seeded order over documents and windows, new in every epoch: the same on every rank, layout and machine.
+
+    documents   d3 d0 d2 ...            shuffled by (seed, domain, epoch)
+    stream      ttttttttttttttttttt     their tokens end to end
+    windows     |0 ... S|S ... 2S|...   S inputs and one more token as the last label; window i starts at i * S
+    samples     w5 w1 w7 ...            windows shuffled by (seed, domain, epoch)
+
+Each token of an epoch is an input at most once and a label at most once. What does not fill a window at the end of the
+stream is left out, and is another part of the text in the next epoch. Shuffling sorts by a hash (splitmix64), so that the
+order does not hang on a library's random generator.
+"""
+
+import hashlib
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_engine.data.shards import TokenDataset
+
+
+def hash64(values: np.ndarray, key: int) -> np.ndarray:
+    """splitmix64 of uint64 `values` under `key`; a bijection for a fixed key."""
+    with np.errstate(over="ignore"):
+        x = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key & 0xFFFFFFFFFFFFFFFF)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def stable_key(*parts: object) -> int:
+    """A 64-bit key that depends on the printed parts alone."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def permutation(count: int, key: int) -> np.ndarray:
+    """A seeded permutation of range(count)."""
+    return np.argsort(hash64(np.arange(count, dtype=np.uint64), key))
+
+
+class Window(NamedTuple):
+    """`tokens` [S + 1] int64; `starts` [S + 1] bool: whether a document begins at this token."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+
+
+class _Epoch(NamedTuple):
+    documents: np.ndarray  # in reading order
+    ends: np.ndarray  # in the stream, of each of them
+    windows: np.ndarray
+
+
+class SampleOrder:
+    """Random access to the endless sequence of samples of one domain: `window(n)` is the n-th sample for ever."""
+
+    def __init__(self, dataset: TokenDataset, seq_length: int, seed: int, name: str, shuffle: bool = True) -> None:
+        self.dataset, self.seq_length, self.seed, self.name, self.shuffle = dataset, seq_length, seed, name, shuffle
+        self.per_epoch = max(dataset.tokens - 1, 0) // seq_length
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)  # two: a step may straddle the border
+
+    def window(self, sample: int) -> Window:
+        """Sample `sample` of the sequence; epoch sample // per_epoch."""
+        number, index = divmod(sample, self.per_epoch)
+        epoch = self._epoch(number)
+        start = int(epoch.windows[index]) * self.seq_length
+        return self.span(epoch, start, start + self.seq_length + 1)
+
+    def in_order(self, index: int) -> Window:
+        """Window `index` of the text as it lies on disk; the last one may be shorter."""
+        start = index * self.seq_length
+        return self.span(self._epoch(-1), start, min(start + self.seq_length + 1, self.dataset.tokens))
+
+    def span(self, epoch: _Epoch, start: int, stop: int) -> Window:
+        tokens = np.empty(stop - start, np.int64)
+        starts = np.zeros(stop - start, bool)
+        at, place = start, int(np.searchsorted(epoch.ends, start, side="right"))
+        while at < stop:
+            document, end = int(epoch.documents[place]), int(epoch.ends[place])
+            begin = end - int(self.dataset.lengths[document])
+            upto = min(stop, end)
+            tokens[at - start : upto - start] = self.dataset.read(document, at - begin, upto - begin)
+            starts[at - start] = at == begin
+            self.dataset.check_ids(tokens[at - start : upto - start], document)
+            at, place = upto, place + 1
+        return Window(tokens, starts)
+
+    def _make_epoch(self, number: int) -> _Epoch:
+        count = len(self.dataset)
+        if number < 0:
+            documents, windows = np.arange(count), np.arange(self.per_epoch)
+        else:
+            documents = permutation(count, stable_key(self.seed, self.name, number, "documents"))
+            windows = permutation(self.per_epoch, stable_key(self.seed, self.name, number, "windows"))
+        return _Epoch(documents, np.cumsum(self.dataset.lengths[documents]), windows)

@@ -1,0 +1,314 @@
+"""Files to token shards: read in order, tokenised by worker processes, written in order.
+
+    list_files -> read_pieces -> groups of about 1 MiB -> workers: documents, token ids, split -> shards of domain x split
+
+Groups come back in the order they were read, so the shards are the same bytes for any number of workers. A document is held
+out when the hash of its text falls below `eval_fraction`: equal texts are on one side, whatever else is prepared with them. A
+domain too small for that to hold anything out gives the last `eval_fraction` of its tokens.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sysconfig
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+
+from moe_engine.data.formats import BadRow, Document, Piece, documents, list_files, read_pieces
+from moe_engine.data.progress import Progress
+from moe_engine.data.shards import (
+    MANIFEST,
+    SHARD_TOKENS,
+    SPLITS,
+    ShardWriter,
+    publish,
+    read_manifest,
+    token_dtype,
+    write_manifest,
+)
+from moe_engine.data.tokenizer import Tokenizer, load_tokenizer
+from moe_engine.errors import ConfigError, DataError
+
+GROUP = 1 << 20  # bytes of input that one worker call takes
+BAD_ROWS = "bad_rows.jsonl"
+STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What, beside the files and the tokenizer, decides the output."""
+
+    text_key: str | None = None
+    per: Literal["file", "line"] = "file"
+    add_bos: bool = False
+    eval_fraction: float = 0.01
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    shard_tokens: int = SHARD_TOKENS
+
+
+class Encoded(NamedTuple):
+    """One group's documents as tokens: for each split the tokens end to end and the length of each document."""
+
+    splits: dict[str, tuple[np.ndarray, np.ndarray]]
+    bad: list[BadRow]
+    empty: int
+    size: int  # bytes read
+
+
+def stdlib_sources() -> list[Path]:
+    """The running Python's own standard library sources, without tests and installed packages: text that every machine has."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in STDLIB_LEFT_OUT)
+        files += [Path(folder) / name for name in sorted(names) if name.endswith(".py")]
+    if not files:
+        raise DataError(f"{root}: the standard library's sources are not there; give text with --input")
+    return files
+
+
+def prepare(
+    domains: Mapping[str, Iterable[str | Path]],
+    out: str | Path,
+    tokenizer: str | None = None,
+    options: Options | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Tokenises the files of each domain into `out` and returns its manifest (which see, in shards.py).
+
+    A complete `out` made of the same files, tokenizer and options is returned as it is; another one is refused unless
+    `overwrite`. `workers` None chooses. DataError for the first bad row (on_bad_row "stop") or when there is no text.
+    """
+    out, options = Path(out), options or Options()
+    _check_options(options, workers)
+    model = load_tokenizer(tokenizer)
+    if options.add_bos and model.bos_id is None:
+        raise ConfigError(f"tokenizer {model.spec}: has no begin-of-text token; leave out --add-bos")
+    files = {name: list_files(paths) for name, paths in domains.items()}
+    sources = {name: [_source(file) for file in found] for name, found in files.items()}
+    described = json.dumps([sources, model.fingerprint, asdict(options)])
+    key = hashlib.sha256(described.encode()).hexdigest()
+    if (manifest := _existing(out, key, overwrite)) is not None:
+        return manifest
+    total = sum(source["bytes"] for found in sources.values() for source in found)
+    with publish(out) as folder, Progress(total, quiet) as progress:
+        writer = _Writer(folder, model, options, list(files), progress)
+        for domain, encoded in _encode_all(files, model, options, _worker_count(workers, total, model)):
+            writer.add(domain, encoded)
+        manifest = writer.finish(sources, key)
+        write_manifest(folder, manifest)
+    return read_manifest(out)
+
+
+def _check_options(options: Options, workers: int | None) -> None:
+    problems = []
+    if not 0 <= options.eval_fraction < 1:
+        problems.append(f"eval_fraction {options.eval_fraction}: expected 0 <= eval_fraction < 1")
+    if options.shard_tokens < 1:
+        problems.append(f"shard_tokens {options.shard_tokens}: expected at least 1")
+    if workers is not None and workers < 1:
+        problems.append(f"workers {workers}: expected at least 1")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _source(file: Path) -> dict[str, Any]:
+    status = file.stat()
+    return {"path": str(file), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def _existing(out: Path, key: str, overwrite: bool) -> dict[str, Any] | None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not out.is_dir() or not (out / MANIFEST).is_file():
+        raise ConfigError(f"{out}: exists and is not prepared data; choose another output folder")
+    if not overwrite or read_manifest(out)["key"] == key:
+        manifest = read_manifest(out)
+        if manifest["key"] == key:
+            return manifest
+        raise ConfigError(f"{out}: holds other data (files, tokenizer or options differ); choose another folder or --overwrite")
+    return None
+
+
+def _worker_count(workers: int | None, size: int, model: Tokenizer) -> int:
+    """Bytes are copied faster than a process takes them; starting processes pays from some megabytes on."""
+    if workers is not None:
+        return workers
+    return 1 if model.kind == "bytes" or size < 8 << 20 else len(os.sched_getaffinity(0))
+
+
+def _groups(files: Mapping[str, Sequence[Path]], per: Literal["file", "line"]) -> Iterator[tuple[str, list[Piece | BadRow]]]:
+    for domain, paths in files.items():
+        group, size = [], 0
+        for path in paths:
+            for piece in read_pieces(path, per):
+                group.append(piece)
+                size += piece.size if isinstance(piece, Piece) else 0
+                if size >= GROUP:
+                    yield domain, group
+                    group, size = [], 0
+        if group:
+            yield domain, group
+
+
+def _encode_all(
+    files: Mapping[str, Sequence[Path]], model: Tokenizer, options: Options, workers: int
+) -> Iterator[tuple[str, Encoded]]:
+    groups = _groups(files, options.per)
+    if workers == 1:
+        for domain, group in groups:
+            yield domain, encode_group(group, model, options)
+        return
+    pending: deque[tuple[str, Future[Encoded]]] = deque()
+    with ExitStack() as stack:
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        try:
+            for domain, group in groups:
+                pending.append((domain, pool.submit(_encode_in_worker, group, model.spec, options)))
+                if len(pending) > 2 * workers:
+                    name, future = pending.popleft()
+                    yield name, future.result()
+            while pending:
+                name, future = pending.popleft()
+                yield name, future.result()
+        except BrokenProcessPool:
+            raise DataError("a worker process died (out of memory?); try again with fewer --workers") from None
+
+
+_load_once = lru_cache(maxsize=1)(load_tokenizer)
+
+
+def _encode_in_worker(group: list[Piece | BadRow], tokenizer: str, options: Options) -> Encoded:
+    return encode_group(group, _load_once(tokenizer), options)
+
+
+def encode_group(group: list[Piece | BadRow], model: Tokenizer, options: Options) -> Encoded:
+    """The documents of `group` as tokens, each with its eos (and bos); blank documents are counted, not kept."""
+    bad: list[BadRow] = []
+    texts: list[str] = []
+    empty = 0
+    for item in group:
+        for row in [item] if isinstance(item, BadRow) else documents(item, options.text_key):
+            if isinstance(row, BadRow):
+                bad.append(row)
+            elif row.text.isspace() or not row.text:
+                empty += 1
+            else:
+                texts.append(row.text)
+    before = [model.bos_id] if options.add_bos else []
+    arrays: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for text, ids in zip(texts, model.encode(texts)):
+        split = "eval" if _held_out(text, options.eval_fraction) else "train"
+        arrays[split].append(np.concatenate([before, ids, [model.eos_id]]))
+    dtype = token_dtype(model.vocab_size)
+    splits = {split: _joined(found, dtype) for split, found in arrays.items()}
+    return Encoded(splits, bad, empty, sum(item.size for item in group if isinstance(item, Piece)))
+
+
+def _joined(arrays: list[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.concatenate(arrays).astype(dtype) if arrays else np.empty(0, dtype)
+    return tokens, np.array([len(array) for array in arrays], np.int64)
+
+
+def _held_out(text: str, fraction: float) -> bool:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2.0**64
+
+
+class _Writer:
+    """Takes groups in order, keeps the counts, and writes the shards and the list of bad rows."""
+
+    def __init__(self, folder: Path, model: Tokenizer, options: Options, domains: list[str], progress: Progress) -> None:
+        self.folder, self.model, self.options, self.progress = folder, model, options, progress
+        self.dtype = token_dtype(model.vocab_size)
+        self.counts = {name: {"bad_rows": 0, "empty_documents": 0} for name in domains}
+        self.splits: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in domains}
+        self.open: dict[str, ShardWriter] = {}
+        self.max_id: dict[str, int] = {}
+        self.domain: str | None = None
+
+    def add(self, domain: str, encoded: Encoded) -> None:
+        if domain != self.domain:
+            self._close_domain()
+            self.domain = domain
+            self.open = {
+                split: ShardWriter(self.folder, f"{domain}-{split}", self.dtype, self.options.shard_tokens) for split in SPLITS
+            }
+            self.max_id = dict.fromkeys(SPLITS, -1)
+        self._report(domain, encoded.bad)
+        self.counts[domain]["empty_documents"] += encoded.empty
+        for split, (tokens, lengths) in encoded.splits.items():
+            self.open[split].add(tokens, lengths)
+            self.max_id[split] = max(self.max_id[split], int(tokens.max(initial=0)))
+        self.progress.advance(encoded.size, sum(len(tokens) for tokens, _ in encoded.splits.values()))
+
+    def _report(self, domain: str, bad: list[BadRow]) -> None:
+        if not bad:
+            return
+        if self.options.on_bad_row == "stop":
+            raise DataError(f"{bad[0]}. Mend it, or leave such rows out with --on-bad-row skip")
+        self.counts[domain]["bad_rows"] += len(bad)
+        with open(self.folder / BAD_ROWS, "a", encoding="utf-8", errors="backslashreplace") as file:
+            for row in bad:
+                self.progress.bad_row(str(row))
+                file.write(json.dumps({"domain": domain, **row._asdict()}) + "\n")
+
+    def _close_domain(self) -> None:
+        if self.domain is None:
+            return
+        train, held_out = self.open["train"], self.open["eval"]
+        if self.options.eval_fraction and not held_out.tokens:
+            tail = train.cut_tail(max(2, round(train.tokens * self.options.eval_fraction)), self.model.eos_id)
+            held_out.add(*tail)
+            self.max_id["eval"] = self.max_id["train"]
+        for split, writer in self.open.items():
+            shards = writer.close()
+            self.splits[self.domain][split] = {
+                "documents": writer.documents,
+                "tokens": writer.tokens,
+                "max_id": self.max_id[split],
+                "shards": shards,
+            }
+
+    def finish(self, sources: dict[str, list[dict[str, Any]]], key: str) -> dict[str, Any]:
+        """Closes the shards and returns the manifest; DataError for a domain without text."""
+        self._close_domain()
+        for domain, splits in self.splits.items():
+            if not splits or not splits["train"]["tokens"]:
+                counts = self.counts[domain]
+                raise DataError(
+                    f"domain {domain}: no text in {len(sources[domain])} files ({counts['bad_rows']} bad rows, "
+                    f"{counts['empty_documents']} empty documents); give files with text, or name the field with --text-key"
+                )
+        model = self.model
+        totals = {
+            name: sum(split[name] for splits in self.splits.values() for split in splits.values())
+            for name in ("documents", "tokens")
+        }
+        return {
+            "key": key,
+            "dtype": self.dtype.str,
+            "vocab_size": model.vocab_size,
+            "eos_id": model.eos_id,
+            "bos_id": model.bos_id if self.options.add_bos else None,
+            "tokenizer": {"spec": model.spec, "kind": model.kind, "fingerprint": model.fingerprint},
+            "options": asdict(self.options),
+            **totals,
+            "bad_rows": sum(counts["bad_rows"] for counts in self.counts.values()),
+            "domains": {
+                name: {**self.counts[name], "splits": self.splits[name], "sources": sources[name]} for name in self.splits
+            },
+        }

@@ -1,0 +1,233 @@
+"""Token shards: the tokens of many documents in memory-mapped files, an index of where each document ends, a manifest.
+
+    OUT/manifest.json              format, tokenizer and its fingerprint, counts, sources, the shards of every domain and split
+    OUT/<domain>-train-00000.bin   token ids, uint16 (vocabulary <= 65,536) or uint32, little-endian, documents end to end
+    OUT/<domain>-train-00000.idx   int64: documents + 1 offsets into the .bin, in tokens
+
+Every document ends with `eos_id` and lies in one shard. A folder is written as OUT.partial and renamed when it is complete
+and flushed, so that a folder with this name is a whole one. Reading copies nothing: windows are views of np.memmap.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from moe_engine.errors import ConfigError, DataError
+
+FORMAT = "moe_engine.tokens"
+VERSION = 1
+MANIFEST = "manifest.json"
+SHARD_TOKENS = 1 << 28
+SPLITS = ("train", "eval")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where every id fits, else uint32."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Appends documents to the shards of one domain and split; `close()` returns what the manifest says of them."""
+
+    def __init__(self, folder: Path, stem: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS) -> None:
+        self.folder, self.stem, self.dtype, self.shard_tokens = folder, stem, dtype, shard_tokens
+        self.shards: list[dict[str, Any]] = []
+        self.file: BinaryIO | None = None
+        self.lengths: list[np.ndarray] = []
+        self.tokens = self.documents = self.in_shard = 0
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Documents end to end in `tokens`; lengths[i] of them belong to the i-th."""
+        start = 0
+        while start < len(lengths):
+            if self.file is None:
+                self.file = open(self._path("bin"), "wb")
+            ends = np.cumsum(lengths[start:])
+            room = self.shard_tokens - self.in_shard
+            count = max(int(np.searchsorted(ends, room, side="right")), int(self.in_shard == 0))
+            if count:
+                taken = int(ends[count - 1])
+                self.file.write(tokens[:taken].astype(self.dtype, copy=False).data)
+                self.lengths.append(lengths[start : start + count])
+                tokens, start = tokens[taken:], start + count
+                self.in_shard, self.tokens, self.documents = self.in_shard + taken, self.tokens + taken, self.documents + count
+            if start < len(lengths):
+                self._finish_shard()
+
+    def cut_tail(self, count: int, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """Takes the last `count` tokens (at most half of the open shard) back, as (tokens, lengths).
+
+        A document that is cut ends with `eos_id` in its first part, which costs one token.
+        """
+        if self.file is None:
+            return np.empty(0, self.dtype), np.empty(0, np.int64)
+        keep = self.in_shard - min(count, self.in_shard // 2)
+        self.file.flush()
+        content = np.fromfile(self._path("bin"), self.dtype)
+        ends = np.cumsum(np.concatenate(self.lengths))
+        first = int(np.searchsorted(ends, keep, side="right"))  # the first document that ends after the cut
+        tail_lengths = np.diff(ends[first:], prepend=keep)
+        kept = np.append(ends[:first], keep) if first == 0 or ends[first - 1] < keep else ends[:first]
+        self.documents += len(kept) - len(ends)
+        self.tokens += keep - self.in_shard
+        self.in_shard = keep
+        self.lengths = [np.diff(kept, prepend=0)]
+        tail = content[keep:].copy()
+        self.file.seek((keep - 1) * self.dtype.itemsize)
+        self.file.truncate()
+        self.file.write(np.array([eos_id], self.dtype).data)
+        return tail, tail_lengths
+
+    def close(self) -> list[dict[str, Any]]:
+        if self.file is not None:
+            self._finish_shard()
+        return self.shards
+
+    def _path(self, suffix: str) -> Path:
+        return self.folder / f"{self.stem}-{len(self.shards):05d}.{suffix}"
+
+    def _finish_shard(self) -> None:
+        assert self.file is not None
+        _flush(self.file)
+        self.file.close()
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(self.lengths))]).astype("<i8")
+        with open(self._path("idx"), "wb") as index:
+            index.write(offsets.data)
+            _flush(index)
+        with open(self._path("bin"), "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = self._path("bin").name
+        self.shards.append(
+            {"file": name, "documents": len(offsets) - 1, "tokens": int(offsets[-1]), "sha256": digest}
+        )
+        self.file, self.lengths, self.in_shard = None, [], 0
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def publish(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out` when the block ends well, and is removed when it does not."""
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written ({error.strerror}); choose another output folder") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{out}: another preparation is writing to it; wait for it or choose another folder") from None
+        for left_over in partial.iterdir():
+            left_over.unlink()
+        try:
+            yield partial
+            os.fsync(lock)
+            if out.exists():
+                shutil.rmtree(out)
+            os.rename(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+    parent = os.open(out.parent, os.O_RDONLY)
+    os.fsync(parent)
+    os.close(parent)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes manifest.json, flushed to disk."""
+    with open(folder / MANIFEST, "wb") as file:
+        file.write(json.dumps({"format": FORMAT, "version": VERSION, **manifest}, indent=1).encode())
+        _flush(file)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder; DataError where there is none or it is not one of ours."""
+    remedy = "make it with tools/prepare_data.py --input FILES --out FOLDER"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of prepared data; {remedy}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{folder}: holds no {MANIFEST}, so no prepared data; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / MANIFEST}: cannot be read ({error}); prepare the data again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise DataError(f"{folder / MANIFEST}: not {FORMAT} version {VERSION}; prepare the data again")
+    return manifest
+
+
+class TokenDataset:
+    """One split of one domain, memory-mapped. `lengths[i]` is the number of tokens of document i, its eos included."""
+
+    def __init__(self, folder: Path, domain: str, split: str, vocab_size: int | None = None) -> None:
+        manifest = read_manifest(folder)
+        if domain not in manifest["domains"]:
+            raise DataError(f"{folder}: has no domain {domain!r}; it holds {', '.join(manifest['domains'])}")
+        entry = manifest["domains"][domain]["splits"][split]
+        self.folder, self.domain, self.split = folder, domain, split
+        self.eos_id: int = manifest["eos_id"]
+        self.vocab_size = vocab_size or manifest["vocab_size"]
+        if entry["max_id"] >= self.vocab_size:
+            raise DataError(
+                f"{folder}: token id {entry['max_id']} of domain {domain!r} is outside the model's vocabulary of "
+                f"{self.vocab_size}; set model.vocab_size >= {manifest['vocab_size']} or prepare with the model's tokenizer"
+            )
+        dtype = np.dtype(manifest["dtype"])
+        self.shards = [self._map(shard, dtype) for shard in entry["shards"]]
+        offsets = [self._offsets(shard) for shard in entry["shards"]]
+        self.lengths = np.concatenate([np.diff(o) for o in offsets]) if offsets else np.empty(0, np.int64)
+        self.starts = np.concatenate([o[:-1] for o in offsets]) if offsets else np.empty(0, np.int64)
+        self.shard_firsts = np.cumsum([0] + [len(o) - 1 for o in offsets])
+        self.tokens = int(self.lengths.sum())
+        self.fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in entry["shards"]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a document: a view, nothing is copied."""
+        shard = int(np.searchsorted(self.shard_firsts, document, side="right")) - 1
+        begin = int(self.starts[document])
+        return self.shards[shard][begin + start : begin + stop]
+
+    def check_ids(self, tokens: np.ndarray, document: int) -> None:
+        """DataError if a token id lies outside the vocabulary: the file changed after it was written."""
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            raise DataError(
+                f"{self.folder}: token id {int(tokens.max())} near document {document} of domain {self.domain!r}, "
+                f"split {self.split}, is outside the vocabulary of {self.vocab_size}; the file is damaged: prepare it again"
+            )
+
+    def _map(self, shard: dict[str, Any], dtype: np.dtype) -> np.ndarray:
+        path = self.folder / shard["file"]
+        self._check_size(path, shard["tokens"] * dtype.itemsize)
+        return np.memmap(path, dtype, mode="r", shape=(shard["tokens"],))
+
+    def _offsets(self, shard: dict[str, Any]) -> np.ndarray:
+        path = (self.folder / shard["file"]).with_suffix(".idx")
+        self._check_size(path, (shard["documents"] + 1) * 8)
+        offsets = np.fromfile(path, "<i8")
+        if offsets[0] != 0 or offsets[-1] != shard["tokens"] or (np.diff(offsets) <= 0).any():
+            raise DataError(f"{path}: not an index of {shard['tokens']} tokens; the file is damaged: prepare the data again")
+        return offsets
+
+    def _check_size(self, path: Path, expected: int) -> None:
+        found = path.stat().st_size if path.is_file() else None
+        if found != expected:
+            what = "is missing" if found is None else f"has {found} bytes"
+            raise DataError(f"{path}: {what}, {MANIFEST} says {expected}; copy it again or prepare the data again")

@@ -1,0 +1,1 @@
+"""The decoder: the only place where ops (kernels) and parallel (ranks) meet."""

@@ -1,0 +1,89 @@
+"""Grouped-query attention with rotary positions (Hugging Face's rotate_half layout), heads cut along tp.
+
+    x[T/tp, D] -> all_gather -> q[T, H/tp, C] k,v[T, G/tp, C] -> rotate -> attend -> o[T, D]{tp} -> reduce_scatter
+
+Attention is causal and never crosses a document: positions restart at 0 where a document starts.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_engine.config import Model
+from moe_engine.parallel.collectives import all_gather, reduce_scatter
+from moe_engine.parallel.linear import ColumnLinear, RowLinear
+from moe_engine.parallel.mesh import Mesh
+
+
+class Places(NamedTuple):
+    """What attention knows of the tokens of a micro-batch: cos, sin [B, 1, S, C]; mask bool [B, 1, S, S] or None = causal."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+
+
+def inverse_frequencies(config: Model) -> Tensor:
+    """Rotary frequencies [C/2] in fp32, with Llama-3's scaling of long wavelengths when the config asks for it."""
+    head_dim = config.head_dim
+    inverse = config.rope_theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inverse
+    wavelength = 2 * math.pi / inverse
+    turns = scaling.original_max_position_embeddings / wavelength
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(inverse / scaling.factor, inverse, smooth.clamp(0, 1))
+
+
+def places(positions_BS: Tensor, inverse_frequency: Tensor, dtype: torch.dtype) -> Places:
+    """Rotation tables and the mask of one micro-batch; the mask is None when every sequence is one document."""
+    angle = positions_BS.unsqueeze(-1).float() * inverse_frequency
+    angle = torch.cat([angle, angle], dim=-1).unsqueeze(1)
+    return Places(angle.cos().to(dtype), angle.sin().to(dtype), document_mask(positions_BS))
+
+
+def document_mask(positions_BS: Tensor) -> Tensor | None:
+    """True where a query may see a key: not later, and of the same document. None if no document starts inside."""
+    starts_BS = positions_BS == 0
+    if not bool(starts_BS[:, 1:].any()):
+        return None
+    document_BS = starts_BS.cumsum(1)
+    same = document_BS.unsqueeze(2) == document_BS.unsqueeze(1)
+    return same.tril().unsqueeze(1)
+
+
+def rotate(x_BHSC: Tensor, at: Places) -> Tensor:
+    """Rotary embedding: pairs are (i, i + C/2)."""
+    first, second = x_BHSC.chunk(2, dim=-1)
+    return x_BHSC * at.cos + torch.cat([-second, first], dim=-1) * at.sin
+
+
+class Attention(nn.Module):
+    """q, k, v, o of one layer. This rank holds H/tp query heads and G/tp kv heads."""
+
+    def __init__(self, config: Model, mesh: Mesh):
+        super().__init__()
+        self.tp, self.head_dim = mesh.tp, config.head_dim
+        heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+        std = config.initializer_range
+        self.q = ColumnLinear(hidden, heads * self.head_dim, mesh.tp, std)
+        self.k = ColumnLinear(hidden, kv_heads * self.head_dim, mesh.tp, std)
+        self.v = ColumnLinear(hidden, kv_heads * self.head_dim, mesh.tp, std)
+        self.o = RowLinear(heads * self.head_dim, hidden, mesh.tp, std)
+
+    def forward(self, x_TD: Tensor, at: Places) -> Tensor:
+        """x[T/tp, D], normalised -> the layer's contribution [T/tp, D]."""
+        h_TD = all_gather(x_TD, self.tp)
+        sequences, _, length, _ = at.cos.shape
+        q, k, v = (
+            p(h_TD).view(sequences, length, -1, self.head_dim).transpose(1, 2) for p in (self.q, self.k, self.v)
+        )
+        a_BHSC = F.scaled_dot_product_attention(
+            rotate(q, at), rotate(k, at), v, attn_mask=at.mask, is_causal=at.mask is None, enable_gqa=True
+        )
+        a_TD = a_BHSC.transpose(1, 2).reshape(sequences * length, -1)
+        return reduce_scatter(self.o(a_TD), self.tp)

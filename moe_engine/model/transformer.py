@@ -1,0 +1,143 @@
+"""The Llama / Mixtral decoder: embed -> [norm, attention, norm, feed-forward] x layers -> norm, head.
+
+Between layers a rank holds x[T/tp, D]: the micro-batch's tokens as one flat list, cut along tp. Norms and routers are
+replicated over tp and see the rank's own tokens, so their gradients are summed over tp (`copy_to`).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from moe_engine.config import Model
+from moe_engine.model.attention import Attention, Places, inverse_frequencies, places
+from moe_engine.model.loss import vocab_cross_entropy
+from moe_engine.model.mlp import DenseMLP
+from moe_engine.model.moe import MoE
+from moe_engine.parallel.collectives import all_gather, copy_to, reduce_scatter
+from moe_engine.parallel.linear import ColumnLinear, VocabEmbedding
+from moe_engine.parallel.mesh import Mesh
+from moe_engine.parallel.weight import weight
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def __init__(self, config: Model, mesh: Mesh):
+        super().__init__()
+        self.tp, self.eps = mesh.tp, config.rms_norm_eps
+        self.weight = weight((config.hidden_size,), fill=1.0)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.rms_norm(x_TD, (x_TD.shape[-1],), copy_to(self.weight, self.tp), self.eps)
+
+
+class Block(nn.Module):
+    """One decoder layer. Returns x[T/tp, D] and the router's stats[B, X], X = 0 for a dense feed-forward layer."""
+
+    def __init__(self, config: Model, mesh: Mesh, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config, mesh)
+        self.attention = Attention(config, mesh)
+        self.ffn_norm = RMSNorm(config, mesh)
+        self.ffn = MoE(config, mesh) if config.is_moe(layer) else DenseMLP(config, mesh)
+
+    def forward(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), at)
+        h_TD = self.ffn_norm(x_TD)
+        if isinstance(self.ffn, MoE):
+            y_TD, stats_BX = self.ffn(h_TD, member_BT)
+            return x_TD + y_TD, stats_BX
+        return x_TD + self.ffn(h_TD), member_BT.new_zeros(member_BT.shape[0], 0)
+
+
+class Transformer(nn.Module):
+    """The whole decoder on this rank of the mesh.
+
+    recompute: "none"; "selective" keeps matrix products and attention and recomputes the rest of a layer in backward;
+    "full" keeps only a layer's input. Both keep the routing of the first pass, so that no token changes its expert.
+    """
+
+    def __init__(self, config: Model, mesh: Mesh, recompute: str = "none"):
+        super().__init__()
+        self.config, self.tp, self.recompute = config, mesh.tp, recompute
+        self.embedding = VocabEmbedding(config.vocab_size, config.hidden_size, mesh.tp, config.initializer_range)
+        self.layers = nn.ModuleList(Block(config, mesh, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config, mesh)
+        self.head = ColumnLinear(config.hidden_size, config.vocab_size, mesh.tp, config.initializer_range)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self, tokens_BS: Tensor, positions_BS: Tensor, labels_BS: Tensor, counted_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of every token and the statistics of every router.
+
+        tokens_BS, positions_BS, labels_BS int64; counted_BS bool, False for padding that routers must not count.
+        Returns loss_T fp32 (0 where the label is -100; the same on all tp ranks) and stats[N, B, X] of N MoE layers.
+        tp must divide B * S.
+        """
+        h_TD, stats = self.hidden(tokens_BS, positions_BS, counted_BS)
+        loss_T = vocab_cross_entropy(self.head(h_TD), labels_BS.flatten(), self.tp)
+        return loss_T, stats
+
+    def logits(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
+        """Next-token logits[B * S, V/tp]."""
+        return self.head(self.hidden(tokens_BS, positions_BS)[0])
+
+    def hidden(
+        self, tokens_BS: Tensor, positions_BS: Tensor, counted_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The normalised output of the last layer for all tokens, h[T, D], and stats[N, B, X]."""
+        x_TD = reduce_scatter(self.embedding(tokens_BS.flatten()), self.tp)
+        at = places(positions_BS, self._inverse_frequency(x_TD.device), x_TD.dtype)
+        member_BT = self._membership(tokens_BS, counted_BS)
+        stats = []
+        for layer in self.layers:
+            x_TD, stats_BX = self._run(layer, x_TD, at, member_BT)
+            if stats_BX.shape[1]:
+                stats.append(stats_BX)
+        packed = torch.stack(stats) if stats else member_BT.new_zeros(0, tokens_BS.shape[0], 3)
+        return all_gather(self.norm(x_TD), self.tp), packed
+
+    def _inverse_frequency(self, device: torch.device) -> Tensor:
+        return inverse_frequencies(self.config).to(device)
+
+    def _membership(self, tokens_BS: Tensor, counted_BS: Tensor | None) -> Tensor:
+        """member[B, T/tp] fp32: 1 where one of this rank's tokens belongs to a sequence and counts."""
+        sequences, length = tokens_BS.shape
+        mine = self.tp.cut(sequences * length)
+        token_T = torch.arange(mine.start, mine.stop, device=tokens_BS.device)
+        member_BT = (token_T // length == torch.arange(sequences, device=token_T.device).unsqueeze(1)).float()
+        return member_BT if counted_BS is None else member_BT * counted_BS.flatten()[mine]
+
+    def _run(self, layer: nn.Module, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor]:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return layer(x_TD, at, member_BT)
+        kept = ROUTING if self.recompute == "full" else ROUTING + PRODUCTS
+
+        def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+            keep = op.name().partition(".")[0] in kept
+            return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+        return checkpoint(
+            layer,
+            x_TD,
+            at,
+            member_BT,
+            use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(policy),
+        )
+
+
+ROUTING = ("moe_engine::router_topk",)
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::linear",
+    "moe_engine::grouped_mm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+)

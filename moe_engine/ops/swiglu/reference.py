@@ -1,0 +1,17 @@
+"""Definition of swiglu in plain torch."""
+
+import torch
+from torch import Tensor
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = gate_up.to(wide).chunk(2, dim=-1)
+    grad, sigmoid = grad.to(wide), torch.sigmoid(gate)
+    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return torch.cat([grad_gate, grad * gate * sigmoid], dim=-1).to(gate_up.dtype)

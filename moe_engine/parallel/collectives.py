@@ -1,0 +1,137 @@
+"""The only file that moves tensors between ranks inside forward and backward. Each function names its conjugate:
+
+    forward                      backward
+    all_gather(x, axis)          reduce_scatter           cut rows -> all rows
+    reduce_scatter(x, axis)      all_gather               partial sums {axis} -> cut rows
+    copy_to(x, axis)             all_reduce               a replicated tensor enters a region cut along the axis
+    reduce_from(x, axis)         identity                 partial sums {axis} -> replicated
+    all_to_all(x, send, recv)    all_to_all(recv, send)   rows change owner
+
+Rows are always dimension 0. Along an axis of size 1 each of them is the identity.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_engine.parallel.mesh import Axis
+
+
+def sum_(x: Tensor, axis: Axis) -> Tensor:
+    """In-place sum over the axis, outside autograd. Returns x."""
+    if axis.size > 1:
+        dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def max_(x: Tensor, axis: Axis) -> Tensor:
+    """In-place maximum over the axis, outside autograd. Returns x."""
+    if axis.size > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
+    return x
+
+
+def gather_rows(x: Tensor, axis: Axis) -> Tensor:
+    """x[n, ...] of every rank, in rank order -> [axis * n, ...]; outside autograd."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def _scatter_sum(x: Tensor, axis: Axis) -> Tensor:
+    out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def _exchange(x: Tensor, send: list[int], recv: list[int], axis: Axis) -> Tensor:
+    out = x.new_empty(sum(recv), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), recv, send, group=axis.group)
+    return out
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return gather_rows(x, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _scatter_sum(grad, ctx.axis), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _scatter_sum(x, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gather_rows(grad, ctx.axis), None
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return sum_(grad.clone(), ctx.axis), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        return sum_(x.clone(), axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, send: list[int], recv: list[int], axis: Axis) -> Tensor:
+        ctx.send, ctx.recv, ctx.axis = send, recv, axis
+        return _exchange(x, send, recv, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _exchange(grad, ctx.recv, ctx.send, ctx.axis), None, None, None
+
+
+def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """x[n/axis, ...] -> x[n, ...]; the gradient, a partial sum {axis}, is reduce-scattered."""
+    return x if axis.size == 1 else _AllGather.apply(x, axis)  # pyright: ignore[reportReturnType]
+
+
+def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """x[n, ...]{axis} -> x[n/axis, ...]; the gradient is all-gathered. axis.size must divide n."""
+    return x if axis.size == 1 else _ReduceScatter.apply(x, axis)  # pyright: ignore[reportReturnType]
+
+
+def copy_to(x: Tensor, axis: Axis) -> Tensor:
+    """A replicated x used on rows (or columns) cut along the axis: each rank's gradient is partial and is summed."""
+    return x if axis.size == 1 else _CopyTo.apply(x, axis)  # pyright: ignore[reportReturnType]
+
+
+def reduce_from(x: Tensor, axis: Axis) -> Tensor:
+    """x{axis} -> its sum on every rank. What follows is replicated, so the gradient passes unchanged."""
+    return x if axis.size == 1 else _ReduceFrom.apply(x, axis)  # pyright: ignore[reportReturnType]
+
+
+def all_to_all(x: Tensor, send: list[int], recv: list[int], axis: Axis) -> Tensor:
+    """Rows to their new owners: the first send[0] rows go to rank 0, and so on -> sum(recv) rows, in rank order."""
+    return x if axis.size == 1 else _AllToAll.apply(x, send, recv, axis)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,113 @@
+"""A weight declares itself once: its whole shape, where it is cut, how it starts.
+
+    self.weight = weight((V, D), cut={0: mesh.tp}, std=0.02)      # weight[V/tp, D]
+
+Initialisation, the optimizer's parameter groups, the gradient norm and the checkpoint all read that note. Starting
+values depend on the seed, the parameter's name and the element's place in the *whole* tensor, never on the layout:
+element i of parameter p is a function of splitmix64(key(seed, p) + i), so a rank draws just the part that it owns.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moe_engine.parallel.mesh import Axis
+
+CHUNK = 1 << 22  # elements drawn at a time; bounds the int64 scratch to 32 MiB
+
+
+@dataclass(frozen=True)
+class WeightNote:
+    """shape: of the whole weight.  cut: dimension -> axis.  std: of the normal it starts from, or None to start at `fill`.
+
+    expert: the weight is owned by one rank of the ep axis, so that its gradient is reduced over dp, not over data.
+    """
+
+    shape: tuple[int, ...]
+    cut: Mapping[int, Axis] = field(default_factory=dict)
+    std: float | None = None
+    fill: float = 0.0
+
+    @property
+    def expert(self) -> bool:
+        return any(axis.name == "ep" for axis in self.cut.values())
+
+    @property
+    def tensor_parallel(self) -> bool:
+        return any(axis.name == "tp" for axis in self.cut.values())
+
+    def local_slices(self) -> tuple[slice, ...]:
+        """The part of the whole weight that this rank holds, one slice a dimension."""
+        return tuple(self.cut[d].cut(n) if d in self.cut else slice(0, n) for d, n in enumerate(self.shape))
+
+
+def weight(
+    shape: tuple[int, ...], *, cut: Mapping[int, Axis] | None = None, std: float | None = None, fill: float = 0.0
+) -> nn.Parameter:
+    """A parameter holding this rank's part of a weight of `shape`; values come later, from `initialise`."""
+    note = WeightNote(shape, cut or {}, std, fill)
+    parameter = nn.Parameter(torch.empty([s.stop - s.start for s in note.local_slices()]))
+    setattr(parameter, "note", note)  # noqa: B010 (a Parameter has no declared field for it)
+    return parameter
+
+
+def note_of(parameter: Tensor) -> WeightNote:
+    """The note of a parameter made by `weight`."""
+    return getattr(parameter, "note")  # noqa: B009
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fill every parameter from (seed, name, global place); a tied parameter is filled once, under its first name."""
+    for name, parameter in model.named_parameters():
+        note = note_of(parameter)
+        if note.std is None:
+            parameter.fill_(note.fill)
+        else:
+            draw_normal_(parameter, note, key_of(seed, name))
+            parameter.mul_(note.std)
+
+
+def key_of(seed: int, name: str) -> int:
+    """A 63-bit key for the stream of one named thing."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+
+
+def draw_normal_(out: Tensor, note: WeightNote, key: int) -> None:
+    """Standard normal values of this rank's part of the whole tensor, written into `out` row block by row block."""
+    strides = [math.prod(note.shape[d + 1 :]) for d in range(len(note.shape))]
+    places = [
+        torch.arange(s.start, s.stop, device=out.device) * strides[d] for d, s in enumerate(note.local_slices())
+    ]
+    inner = torch.zeros((), dtype=torch.int64, device=out.device)
+    for place in places[1:]:
+        inner = inner.unsqueeze(-1) + place
+    rows = max(1, CHUNK // max(1, inner.numel()))
+    for start in range(0, out.shape[0], rows):
+        block = places[0][start : start + rows]
+        index = block.view(-1, *[1] * inner.dim()) + inner
+        out[start : start + rows].copy_(_normal(index, key))
+
+
+def _normal(index: Tensor, key: int) -> Tensor:
+    """Box-Muller on the two 32-bit halves of one 64-bit hash per element; int64 -> float32."""
+    word = _splitmix64(index + key)
+    u = ((word >> 32) & 0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)
+    v = (word & 0xFFFFFFFF).double().mul_(2.0**-32)
+    return (u.log_().mul_(-2).sqrt_() * v.mul_(2 * math.pi).cos_()).float()
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    """Steele et al. 2014, finaliser of SplittableRandom, on int64 tensors whose products wrap around."""
+
+    def logical_shift(value: Tensor, bits: int) -> Tensor:
+        return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+    x = x * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
+    x = (x ^ logical_shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ logical_shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ logical_shift(x, 31)

@@ -1,0 +1,89 @@
+"""How many parameters a model has: in all, active for one token, and on one rank of a layout. Arithmetic only.
+
+    dense   V*D embedding (twice unless tied) + per layer D*C*(2H + 2G) attention + 3*D*F dense FFN + 2*D norms + D
+    expert  E * 3*D*F per expert layer, and a router of E*D, which is dense (every rank of ep holds it)
+
+active = total minus the experts that a token does not visit: embeddings and routers are counted in full, as in the
+published "47B, 13B active" of Mixtral-8x7B.
+"""
+
+from typing import NamedTuple
+
+from moe_engine.config import Model, Parallel
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters by component. `head` is 0 when it is tied to the embedding."""
+
+    embedding: int
+    head: int
+    attention: int
+    dense_mlp: int
+    experts: int
+    routers: int
+    norms: int
+    active_experts: int  # the part of `experts` that one token visits
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.dense + self.experts
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token visits."""
+        return self.dense + self.active_experts
+
+    @property
+    def dense(self) -> int:
+        """All parameters that are no experts' weights: reduced over dp x ep."""
+        return self.embedding + self.head + self.attention + self.dense_mlp + self.routers + self.norms
+
+
+class RankParameters(NamedTuple):
+    """Parameters of one rank: resident copies, and the share whose optimizer states a ZeRO stage >= 1 keeps here."""
+
+    dense: int
+    expert: int
+    owned_dense: int  # ceil(dense / (dp * ep))
+    owned_expert: int  # ceil(expert / dp)
+
+    @property
+    def resident(self) -> int:
+        """Parameters held in full."""
+        return self.dense + self.expert
+
+    @property
+    def owned(self) -> int:
+        """Parameters whose optimizer states live here."""
+        return self.owned_dense + self.owned_expert
+
+
+def parameter_counts(model: Model) -> ParameterCounts:
+    """Parameters of the whole model, by component."""
+    d, layers, sparse = model.hidden_size, model.num_hidden_layers, model.num_moe_layers
+    attention = d * model.head_dim * 2 * (model.num_attention_heads + model.num_key_value_heads)
+    expert = 3 * d * model.moe_intermediate_size
+    return ParameterCounts(
+        embedding=model.vocab_size * d,
+        head=0 if model.tie_word_embeddings else model.vocab_size * d,
+        attention=layers * attention,
+        dense_mlp=(layers - sparse) * 3 * d * model.intermediate_size,
+        experts=sparse * model.num_local_experts * expert,
+        routers=sparse * model.num_local_experts * d,
+        norms=(2 * layers + 1) * d,
+        active_experts=sparse * model.num_experts_per_tok * expert,
+    )
+
+
+def rank_parameters(model: Model, parallel: Parallel) -> RankParameters:
+    """Parameters of one rank of a layout that `check_layout` accepts: all ranks hold the same number.
+
+    tp cuts embedding, head, attention and FFNs; norms and routers are whole on every rank; ep cuts the experts.
+    """
+    counts = parameter_counts(model)
+    cut = counts.embedding + counts.head + counts.attention + counts.dense_mlp
+    dense = cut // parallel.tp + counts.routers + counts.norms
+    expert = counts.experts // (parallel.ep * parallel.tp)
+    replicas = parallel.dp * parallel.ep
+    return RankParameters(dense, expert, -(-dense // replicas), -(-expert // parallel.dp))

@@ -1,0 +1,189 @@
+"""One optimizer step: micro-batches forward and backward, one normaliser for all of them, then AdamW.
+
+The objective of a step does not depend on how its samples are spread over ranks and micro-batches m:
+
+    L = sum_m [ sum of token losses of m ] / N  +  sum_m (n_m / n) * [ aux_coef * balance_m + z_coef * z_m ]
+
+N counts the labelled tokens and n the routed tokens of the whole global batch. Dense and expert gradients therefore
+share one divisor, and ragged micro-batches weigh as much as they hold.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_engine.config import Model
+from moe_engine.data.batch import Batch
+from moe_engine.model.loss import IGNORE
+from moe_engine.model.moe import Router
+from moe_engine.model.router_losses import RouterStats, balance_loss, router_loss, unpack_stats, z_loss
+from moe_engine.parallel.collectives import gather_rows, sum_
+from moe_engine.parallel.mesh import Mesh
+from moe_engine.train.zero import StepOutcome, ZeroEngine
+
+
+class StepReport(NamedTuple):
+    """What one step measured, equal on all ranks. Losses in nats; loads are shares of assignments, per MoE layer.
+
+    aux_loss follows its own name's convention, aux_loss_hf is transformers' (top-k at uniform routing, layers pooled);
+    both, like z_loss, are logged before their coefficients. domain_loss_D is nan for a domain without tokens.
+    """
+
+    loss: float
+    lm_loss: float
+    aux_loss: float
+    aux_loss_hf: float
+    z_loss: float
+    grad_norm: float
+    tokens: int
+    load_NE: Tensor
+    dropped_N: Tensor
+    domain_loss_D: Tensor
+    skipped: str | None  # why the step was skipped: rank and parameter
+
+
+class Tally:
+    """Sums over the micro-batches of one step, then over data ranks; fp64, so that the layout does not show."""
+
+    def __init__(self, config: Model, domains: int, device: torch.device):
+        self.config = config
+        layers = config.num_moe_layers
+        self.shapes = [(4,), (domains, 2), (layers, config.num_local_experts), (layers,)]
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.flat = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        parts = (part.view(shape) for part, shape in zip(self.flat.split(sizes), self.shapes, strict=True))
+        self.scalars, self.domain_D2, self.count_NE, self.dropped_N = parts
+
+    @torch.no_grad()
+    def add(self, batch: Batch, loss: Tensor, loss_T: Tensor, stats: RouterStats, share: float, load: Tensor | None):
+        """One micro-batch: its part of the objective, token losses, router statistics and share of the routed tokens."""
+        config = self.config
+        per_sequence = torch.stack([loss_T.view(batch.labels_BS.shape).sum(1), (batch.labels_BS != IGNORE).sum(1)], 1)
+        self.domain_D2.index_add_(0, batch.domain_B, per_sequence.double())
+        self.scalars[0] += loss.detach()
+        if not len(self.count_NE):
+            return
+        name = "micro_batch" if config.router_aux_loss == "none" else config.router_aux_loss
+        values = (
+            balance_loss(name, stats, config.num_experts_per_tok, load),
+            balance_loss("hf_mixtral", stats, config.num_experts_per_tok),
+            z_loss(stats),
+        )
+        self.scalars[1:] += share * torch.stack(values).double()
+        self.count_NE += stats.count_NBE.sum(1)
+        self.dropped_N += stats.dropped_NB.sum(1)
+
+    def report(self, outcome: StepOutcome, skipped: str | None) -> StepReport:
+        """The reduced sums as plain numbers; one transfer to the host."""
+        parts = self.flat.cpu().split([math.prod(shape) for shape in self.shapes])
+        scalars, domain_D2, count_NE, dropped_N = (p.view(s) for p, s in zip(parts, self.shapes, strict=True))
+        loss, aux, aux_hf, z = scalars.tolist()
+        lm_sum, tokens = domain_D2.sum(0).tolist()
+        load_NE = count_NE / count_NE.sum(1, keepdim=True).clamp(min=1)
+        domain_loss_D = domain_D2[:, 0] / domain_D2[:, 1]
+        norm = outcome.grad_norm
+        return StepReport(loss, lm_sum / tokens, aux, aux_hf, z, norm, int(tokens), load_NE, dropped_N, domain_loss_D, skipped)
+
+
+def train_step(
+    engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], lr: float, domains: int = 1
+) -> StepReport:
+    """One step on this data rank's micro-batches (already on the device); collective over all ranks."""
+    tally = accumulate(engine, config, mesh, batches, domains)
+    return finish(engine, config, mesh, tally, lr)
+
+
+def accumulate(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], domains: int = 1) -> Tally:
+    """Forward and backward of every micro-batch; the gradients are then complete, the weights untouched."""
+    device = batches[0].tokens_BS.device
+    counts = [torch.stack([(b.labels_BS != IGNORE).sum(), torch.tensor(b.tokens_BS.numel(), device=device)]) for b in batches]
+    labelled, routed = sum_(torch.stack(counts).sum(0), mesh.data).tolist()
+    by_global_load = config.router_aux_loss == "global_batch"
+    load_NE = global_load(engine, mesh, batches) if by_global_load and len(batches) > 1 else None
+    tally = Tally(config, domains, device)
+    for i, batch in enumerate(batches):
+        loss_T, packed = engine.forward(batch.tokens_BS, batch.positions_BS, batch.labels_BS)
+        stats = unpack_stats(packed)
+        if by_global_load and load_NE is None:
+            load_NE = load_share(sum_(stats.count_NBE.sum(1), mesh.data))
+        share = batch.tokens_BS.numel() / routed
+        loss = loss_T.sum() / labelled + share * router_loss(config, stats, load_NE)
+        tally.add(batch, loss, loss_T, stats, share, load_NE)
+        engine.backward(poison_if_not_finite(loss), last=i == len(batches) - 1)
+    return tally
+
+
+def finish(engine: ZeroEngine, config: Model, mesh: Mesh, tally: Tally, lr: float) -> StepReport:
+    """Clip and step, or skip on all ranks; reduce and report what was measured."""
+    finite = bool(tally.flat[0].isfinite())
+    sum_(tally.flat, mesh.data)
+    outcome = engine.step(lr)
+    report = tally.report(outcome, who_is_bad(engine, mesh, finite, outcome.bad) if outcome.skipped else None)
+    if config.expert_bias_update_rate and not outcome.skipped:
+        move_expert_biases(engine.routers, report.load_NE, config.expert_bias_update_rate)
+    return report
+
+
+@torch.no_grad()
+def global_load(engine: ZeroEngine, mesh: Mesh, batches: Iterable[Batch]) -> Tensor:
+    """f_NE of the whole global batch, by a forward pass of every micro-batch before the first backward.
+
+    With accumulation the exact global balancing loss needs the counts of micro-batches that have not run yet; the pass
+    costs about a third of a step. The random state is put back, so that router jitter draws the same noise twice.
+    """
+    with torch.random.fork_rng():
+        counts = sum(
+            unpack_stats(engine.forward(b.tokens_BS, b.positions_BS, b.labels_BS)[1]).count_NBE.sum(1) for b in batches
+        )
+    assert isinstance(counts, Tensor)
+    return load_share(sum_(counts, mesh.data))
+
+
+def load_share(count_NE: Tensor) -> Tensor:
+    """Assignment counts -> shares that sum to 1 in every layer."""
+    return count_NE / count_NE.sum(1, keepdim=True).clamp(min=1)
+
+
+def poison_if_not_finite(loss: Tensor) -> Tensor:
+    """A loss that is not finite makes all of its gradients nan, so that every rank skips the step."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def who_is_bad(engine: ZeroEngine, mesh: Mesh, finite: bool, bad: list[str]) -> str:
+    """One line that names the ranks and parameters behind a skipped step; collective over all ranks.
+
+    Of several bad gradients the one nearest to the loss is named: backward met it first.
+    """
+    names = list(engine.names.values())
+    mine = torch.tensor([[0 if finite else 1, names.index(bad[-1]) if bad else -1, len(bad)]], device=engine.device)
+    lines = []
+    for rank, (loss_bad, first, count) in enumerate(gather_rows(mine, mesh.world).tolist()):
+        if loss_bad:
+            lines.append(f"the loss on rank {rank}")
+        elif first >= 0:
+            lines.append(f"the gradient of {names[first]} on rank {rank}" + (f" (and {count - 1} more)" if count > 1 else ""))
+    return "not finite: " + ("; ".join(lines) or "the global gradient norm, although every gradient is finite")
+
+
+@torch.no_grad()
+def move_expert_biases(routers: list[Router], load_NE: Tensor, rate: float) -> None:
+    """b_e += rate * sign(mean load - load_e), once per step, from the global counts (arXiv 2408.15664)."""
+    for router, load_E in zip(routers, load_NE, strict=True):
+        assert router.expert_bias is not None
+        router.expert_bias += rate * torch.sign(load_E.mean() - load_E).to(router.expert_bias)
+
+
+@torch.no_grad()
+def evaluate(engine: ZeroEngine, mesh: Mesh, batches: Iterable[Batch]) -> float:
+    """Mean loss per labelled token over held-out batches of all data ranks, in nats."""
+    engine.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for batch in batches:
+        loss_T, _ = engine.forward(batch.tokens_BS, batch.positions_BS, batch.labels_BS)
+        total += torch.stack([loss_T.double().sum(), (batch.labels_BS != IGNORE).sum().double()])
+    engine.train()
+    loss, tokens = sum_(total, mesh.data).tolist()
+    return loss / tokens

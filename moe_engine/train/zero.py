@@ -1,0 +1,287 @@
+"""ZeRO by DeepSpeed: the only file that imports it.
+
+DeepSpeed averages gradients over the data ranks and steps AdamW on the part of the states that this rank owns:
+
+    dense weights    gradients and states cut over data = dp x ep ranks
+    expert weights   cut over the dp ranks that hold the same experts; their sum is divided by dp * ep as well, because
+                     an expert's gradient already holds the tokens of its whole ep group (spec: never by dp alone)
+
+stage 0 replicates everything, 1 cuts the optimizer states, 2 the gradients too, 3 the weights too (ep 1 only: experts
+are then ordinary weights). Losses arrive already divided by the global token count, so `backward` undoes the average.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.utils import groups, safe_get_full_grad
+from torch import Tensor, nn
+
+from moe_engine.config import Run
+from moe_engine.model.moe import Router
+from moe_engine.parallel.collectives import sum_
+from moe_engine.parallel.mesh import Axis, Mesh
+from moe_engine.parallel.weight import note_of
+
+
+class StepOutcome(NamedTuple):
+    """grad_norm: global, before clipping; not finite when the step was skipped.  bad: names of non-finite gradients here."""
+
+    grad_norm: float
+    skipped: bool
+    bad: list[str]
+
+
+class OwnedSlice(NamedTuple):
+    """This rank's part of one parameter's training state: elements [start, start + numel) of the flattened local weight."""
+
+    name: str
+    start: int
+    master: Tensor
+    moments: dict[str, Tensor]
+
+
+class ZeroEngine:
+    """A model under DeepSpeed: forward, backward, step, and the states that this rank owns."""
+
+    def __init__(self, model: nn.Module, run: Run, mesh: Mesh):
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.mesh, self.stage, self.clip = mesh, run.parallel.zero, run.optimizer.clip_grad
+        self.names = {p: name for name, p in model.named_parameters()}
+        self.routers = [module for module in model.modules() if isinstance(module, Router)]
+        self.by_expert = mesh.ep.size > 1
+        _tell_deepspeed_the_layout(mesh)
+        for parameter in self.names:
+            self._mark(parameter)
+        optimizer = torch.optim.AdamW(
+            self._groups(run),
+            lr=run.optimizer.lr,
+            betas=(run.optimizer.beta1, run.optimizer.beta2),
+            eps=run.optimizer.eps,
+            fused=True,
+        )
+        carrier = _Carrier(model, run.model.num_local_experts if self.by_expert else 0)
+        self.engine, *_ = deepspeed.initialize(
+            model=carrier,
+            optimizer=optimizer,  # pyright: ignore[reportArgumentType]
+            config=_deepspeed_config(run, mesh),
+            mpu=_ModelParallelUnit(mesh) if mesh.tp.size > 1 else None,
+            dist_init_required=False,
+        )
+        for router in self.routers:  # DeepSpeed cast every buffer to bf16; biases are fp32, and zero at this point
+            if router.expert_bias is not None:
+                router.expert_bias = router.expert_bias.float()
+        self.device = next(iter(self.names)).device
+        self.bad_gradient = torch.zeros(len(self.names), dtype=torch.bool, device=self.device)
+        for i, parameter in enumerate(self.names):
+            parameter.register_hook(lambda grad, i=i: self._watch(i, grad))
+
+    def forward(self, *inputs: Tensor | None) -> Any:
+        """The model's forward under DeepSpeed's hooks."""
+        return self.engine(*inputs)
+
+    def train(self) -> None:
+        """Training mode: dropout-like noise (router jitter) on."""
+        self.engine.train()
+
+    def eval(self) -> None:
+        """Evaluation mode: no noise."""
+        self.engine.eval()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate the gradient of this rank's part of the global mean loss; `last` marks the step's last micro-batch."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.mesh.data.size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> StepOutcome:
+        """Clip by the global norm and step at `lr`; skipped on all ranks alike when the norm is not finite."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        bad = [name for name, is_bad in zip(self.names.values(), self.bad_gradient.tolist(), strict=True) if is_bad]
+        self.bad_gradient.zero_()
+        if self.stage == 0:
+            return self._step_replicated(bad)
+        skipped_before = self.engine.skipped_steps
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        skipped = self.engine.skipped_steps > skipped_before
+        return StepOutcome(math.nan if skipped else norm, skipped, bad)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The complete gradient of every local weight, fp32, after the last backward and before `step`; collective."""
+        if self.stage == 0:
+            return {name: p.grad.float() for p, name in self.names.items() if p.grad is not None}
+        return {name: safe_get_full_grad(p) for p, name in self.names.items()}  # pyright: ignore[reportReturnType]
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers; the weights stay."""
+        self.engine.destroy()
+
+    def owned(self) -> Iterator[OwnedSlice]:
+        """The fp32 master values and Adam moments that this rank owns, as writable views, parameter by parameter."""
+        for parameter, name in self.names.items():
+            if self.stage == 0:
+                state = self.engine.optimizer.state[parameter]
+                moments = {key: state[key].view(-1) for key in ("exp_avg", "exp_avg_sq", "step") if key in state}
+                yield OwnedSlice(name, 0, parameter.data.view(-1), moments)
+            else:
+                yield from self._owned_partition(parameter, name)
+
+    def _owned_partition(self, parameter: Tensor, name: str) -> Iterator[OwnedSlice]:
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return
+        address = mapping.get_hp_fragment_address()
+        flat = self.engine.optimizer
+        for partition in flat.single_partition_of_fp32_groups:
+            if partition.data_ptr() <= mapping.hp_fragment.data_ptr() < partition.data_ptr() + 4 * partition.numel():
+                state = flat.optimizer.state.get(partition, {})
+                part = slice(address.start, address.start + address.numel)
+                moments = {key: state[key][part] for key in ("exp_avg", "exp_avg_sq") if key in state}
+                if "step" in state:
+                    moments["step"] = state["step"].view(-1)
+                yield OwnedSlice(name, mapping.lp_fragment_address.start, mapping.hp_fragment, moments)
+
+    def _step_replicated(self, bad: list[str]) -> StepOutcome:
+        """Stage 0: gradients are whole on every rank; DeepSpeed offers no norm for them, so it is taken here."""
+        squares = {axis: torch.zeros((), dtype=torch.float64) for axis in ("", "tp", "ep", "ep tp")}
+        for parameter in self.names:
+            note, grad = note_of(parameter), parameter.grad
+            if grad is not None:
+                cut = " ".join(a for a, is_cut in (("ep", note.expert), ("tp", note.tensor_parallel)) if is_cut)
+                squares[cut] += grad.double().square().sum().cpu()
+        squares["tp"] = sum_(squares["tp"], self.mesh.tp)
+        squares["ep"] = sum_(squares["ep"] + 0, self.mesh.ep)
+        squares["ep tp"] = sum_(sum_(squares["ep tp"], self.mesh.ep), self.mesh.tp)
+        norm = float(sum(squares.values()) ** 0.5)  # pyright: ignore[reportArgumentType]
+        if not math.isfinite(norm):
+            self.engine.optimizer.zero_grad()
+            return StepOutcome(math.nan, True, bad)
+        if self.clip and norm > self.clip:
+            torch._foreach_mul_([p.grad for p in self.names if p.grad is not None], self.clip / (norm + 1e-6))
+        self.engine.step()
+        return StepOutcome(norm, False, bad)
+
+    def _watch(self, index: int, grad: Tensor) -> None:
+        self.bad_gradient[index] |= ~torch.isfinite(grad.sum(dtype=torch.float32))
+
+    def _mark(self, parameter: nn.Parameter) -> None:
+        """DeepSpeed's own attributes for expert and tensor-parallel parameters, from the weight's note."""
+        note = note_of(parameter)
+        if note.expert and self.by_expert:
+            parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+            parameter.group_name = f"ep_size_{self.mesh.ep.size}"  # pyright: ignore[reportAttributeAccessIssue]
+        if note.tensor_parallel and self.mesh.tp.size > 1:
+            parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+            parameter.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _groups(self, run: Run) -> list[dict[str, Any]]:
+        """Matrices decay, vectors (norms) do not; experts have a group of their own when ep > 1."""
+        kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for parameter in self.names:
+            note = note_of(parameter)
+            kinds.setdefault((note.expert and self.by_expert, len(note.shape) > 1), []).append(parameter)
+        out = []
+        for (expert, decays), parameters in kinds.items():
+            group = {"params": parameters, "weight_decay": run.optimizer.weight_decay if decays else 0.0}
+            name = f"ep_size_{self.mesh.ep.size}" if expert else f"dense_{'matrices' if decays else 'vectors'}"
+            out.append(group | {"name": name} | ({"moe": True} if expert else {}))
+        return out
+
+
+class _Carrier(nn.Module):
+    """The model, beside a module that makes DeepSpeed see that there are experts."""
+
+    def __init__(self, model: nn.Module, num_experts: int):
+        super().__init__()
+        self.model = model
+        if num_experts:
+            self.experts_marker = _ExpertsMarker(num_experts)
+
+    def forward(self, *inputs: Tensor | None) -> Any:
+        return self.model(*inputs)
+
+
+class _ExpertsMarker(DeepSpeedMoE):
+    """DeepSpeed asks for an instance of its own MoE layer before it keeps expert groups apart; this one holds nothing."""
+
+    def __init__(self, num_experts: int):
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The groups exist already (`_tell_deepspeed_the_layout`)."""
+
+
+class _ModelParallelUnit:
+    """Megatron's `mpu` interface over our axes: how DeepSpeed learns of tensor parallelism."""
+
+    def __init__(self, mesh: Mesh):
+        self.tp, self.data = mesh.tp, mesh.data
+
+    def get_model_parallel_group(self):
+        return self.tp.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tp.size
+
+    def get_data_parallel_group(self):
+        return _group_of(self.data)
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data.size
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+def _group_of(axis: Axis):
+    return axis.group if axis.group is not None else torch.distributed.new_group([torch.distributed.get_rank()])
+
+
+def _tell_deepspeed_the_layout(mesh: Mesh) -> None:
+    """DeepSpeed keeps its groups in a module of its own; they are set anew for every engine of this process."""
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    groups._EXPERT_PARALLEL_GROUP.clear()
+    groups._EXPERT_DATA_PARALLEL_GROUP.clear()
+    mpu = _ModelParallelUnit(mesh) if mesh.tp.size > 1 else None
+    groups.mpu = mpu
+    if mesh.ep.size > 1:
+        groups._create_expert_data_and_model_parallel(mesh.ep.size, mpu)
+
+
+def _deepspeed_config(run: Run, mesh: Mesh) -> dict[str, Any]:
+    parallel = run.parallel
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": run.train.micro_batch,
+        "gradient_accumulation_steps": run.train.accumulation,
+        "train_batch_size": run.train.micro_batch * run.train.accumulation * mesh.data.size,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+        "gradient_clipping": 0.0 if parallel.zero == 0 else run.optimizer.clip_grad,
+        "zero_optimization": {
+            "stage": parallel.zero,
+            "overlap_comm": parallel.overlap_comm,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": parallel.reduce_bucket_size,
+            "allgather_bucket_size": parallel.allgather_bucket_size,
+        },
+    }
+    if parallel.offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if run.train.precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

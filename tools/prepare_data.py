@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Turns text files into token shards for training: see moe_engine/data/prepare.py.
+
+    python tools/prepare_data.py --input book.txt notes/ --out data/mine
+    python tools/prepare_data.py --domain web=web.jsonl.gz --domain code=src/ --tokenizer tokenizer.model --out data/mix
+    python tools/prepare_data.py --stdlib --out data/python
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from moe_engine.data.prepare import Options, prepare, stdlib_sources
+from moe_engine.errors import ConfigError, EngineError
+from moe_engine.log import printable
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Turn .txt .md .py .jsonl .json .parquet files (also .gz) and folders into token shards for training.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    what = parser.add_argument_group("what to read")
+    what.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files and folders of one domain, called 'data'")
+    what.add_argument("--domain", action="append", default=[], metavar="NAME=PATH", help="one domain; repeat for more")
+    what.add_argument("--stdlib", action="store_true", help="the Python standard library's own sources, as domain 'stdlib'")
+    what.add_argument("--text-key", metavar="FIELD", help="field that holds the text of a row; default: the first of text, content...")
+    what.add_argument("--per", choices=("file", "line"), default="file", help="a plain text file is one document, or one a line")
+    what.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="skip reports, counts and goes on")
+    how = parser.add_argument_group("how to write")
+    how.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go")
+    how.add_argument("--tokenizer", default="bytes", metavar="SPEC", help="'bytes', a .model file, or a folder with tokenizer.json")
+    how.add_argument("--add-bos", action="store_true", help="begin each document with the tokenizer's begin-of-text id")
+    how.add_argument("--eval-fraction", type=float, default=0.01, help="share of the documents that is held out")
+    how.add_argument("--shard-tokens", type=int, default=Options.shard_tokens, help="tokens in one file")
+    how.add_argument("--workers", type=int, help="processes; default: one a core, or one alone for little data")
+    how.add_argument("--overwrite", action="store_true", help="replace prepared data that was made otherwise")
+    how.add_argument("--quiet", action="store_true", help="no progress")
+    return parser.parse_args(argv)
+
+
+def domains_of(args: argparse.Namespace) -> dict[str, list[str | Path]]:
+    """The files of every domain, as the user named them."""
+    domains: dict[str, list[str | Path]] = {}
+    if args.input:
+        domains["data"] = list(args.input)
+    if args.stdlib:
+        domains["stdlib"] = list(stdlib_sources())
+    for text in args.domain:
+        name, equals, path = text.partition("=")
+        if not equals or not path or not name.replace("-", "").replace("_", "").isalnum():
+            raise ConfigError(f"--domain {text}: expected NAME=PATH, with a name of letters, digits, - and _")
+        domains.setdefault(name, []).append(path)
+    if not domains:
+        raise ConfigError("nothing to read: give --input PATH, --domain NAME=PATH or --stdlib")
+    return domains
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, 65 for data that cannot be used, 78 for arguments that cannot work."""
+    args = parse(argv)
+    options = Options(args.text_key, args.per, args.add_bos, args.eval_fraction, args.on_bad_row, args.shard_tokens)
+    try:
+        manifest = prepare(domains_of(args), args.out, args.tokenizer, options, args.workers, args.overwrite, args.quiet)
+    except EngineError as error:
+        print(f"prepare_data: {printable(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("prepare_data: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    for name, domain in manifest["domains"].items():
+        train, held_out = domain["splits"]["train"], domain["splits"]["eval"]
+        print(
+            f"{name}: {train['tokens']:,} tokens in {train['documents']:,} documents to train on, {held_out['tokens']:,} in "
+            f"{held_out['documents']:,} held out; {domain['bad_rows']:,} bad rows, {domain['empty_documents']:,} empty documents"
+        )
+    print(f"{args.out}: {manifest['tokens']:,} tokens, vocabulary {manifest['vocab_size']:,} ({manifest['tokenizer']['kind']})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

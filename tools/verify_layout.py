@@ -1,0 +1,243 @@
+"""Does every layout give the numbers of one process? `python tools/verify_layout.py [--fast] [--config FILE] [--world N]`
+
+Trains a small MoE on every (dp, ep, tp) of up to 8 local ranks, for ZeRO 0, 1, 2, accumulation 1 and 4, and a balancing
+loss per micro-batch and per global batch, with clipping active, ragged labels and one expert that never gets a token.
+Each is compared with one process of plain PyTorch (no DeepSpeed, no collectives, torch.optim.AdamW) in fp32:
+
+    the gradient of every parameter, the gradient norm, the balancing loss and all weights after 20 AdamW steps
+
+Relative errors are 2-norms of differences over 2-norms, per parameter. The last line is
+`layouts N, worst relative error X`; the exit code is 1 when X > 1e-5.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moe_engine.config import Model, Optimizer, Parallel, Run, Train
+from moe_engine.data.batch import Batch
+from moe_engine.model.router_losses import balance_loss, router_loss, unpack_stats
+from moe_engine.model.transformer import Transformer
+from moe_engine.parallel.local_ranks import run_on_ranks
+from moe_engine.parallel.mesh import Mesh, build_mesh
+from moe_engine.parallel.weight import initialise, note_of
+
+STEPS, SEQUENCES, LENGTH, LIMIT = 20, 32, 16, 1e-5
+SMALL = Model(
+    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,
+    num_key_value_heads=8, moe_intermediate_size=48, moe_layers=(0, 2), num_local_experts=8, num_experts_per_tok=2,
+    router_aux_loss_coef=0.05, router_z_loss_coef=1e-3, expert_bias_update_rate=1e-9, initializer_range=0.1,
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """One way of running the same training."""
+
+    dp: int
+    ep: int
+    tp: int
+    zero: int
+    accumulation: int
+    aux: str
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.ep * self.tp
+
+    @property
+    def micro_batch(self) -> int:
+        return SEQUENCES // (self.dp * self.ep * self.accumulation)
+
+
+class Errors(NamedTuple):
+    """Worst relative errors of one case."""
+
+    gradient: float
+    norm: float
+    aux: float
+    weights: float
+
+
+class Trace(NamedTuple):
+    """What one process computed: gradients of the first step, norms and balancing losses, weights at the end."""
+
+    gradients: dict[str, Tensor]
+    norms: list[float]
+    aux: list[float]
+    weights: dict[str, Tensor]
+
+
+def run_of(model: Model, case: Case) -> Run:
+    """The engine's configuration of a case; clipping at 0.5 is active in every step."""
+    return Run(
+        model=model.model_copy(update={"router_aux_loss": case.aux}),
+        parallel=Parallel(dp=case.dp, ep=case.ep, tp=case.tp, zero=case.zero),
+        optimizer=Optimizer(lr=1e-3, clip_grad=0.5),
+        train=Train(
+            steps=STEPS, seq_length=LENGTH, micro_batch=case.micro_batch, accumulation=case.accumulation,
+            global_batch=SEQUENCES,
+        ),
+    )  # fmt: skip
+
+
+def global_batch(model: Model, step: int) -> Batch:
+    """Random tokens; about a third of the labels is missing, unevenly so, and documents start at random places."""
+    draw = torch.Generator().manual_seed(step)
+    tokens = torch.randint(model.vocab_size, (SEQUENCES, LENGTH + 1), generator=draw)
+    missing = torch.rand(SEQUENCES, LENGTH, generator=draw) < torch.rand(SEQUENCES, 1, generator=draw) * 0.7
+    starts = (torch.rand(SEQUENCES, LENGTH, generator=draw) < 0.1).index_fill(1, torch.tensor([0]), True)
+    place = torch.arange(LENGTH).expand(SEQUENCES, LENGTH)
+    positions = place - torch.where(starts, place, 0).cummax(1).values
+    labels = tokens[:, 1:].masked_fill(missing, -100)
+    return Batch(tokens[:, :-1].contiguous(), labels, positions, torch.zeros(SEQUENCES, dtype=torch.int64))
+
+
+def cut(batch: Batch, start: int, count: int) -> Batch:
+    return Batch(*(field[start : start + count] for field in batch))
+
+
+def build(model: Model, mesh: Mesh) -> Transformer:
+    """The model from seed 0, with one expert that is never chosen."""
+    transformer = Transformer(model, mesh)
+    initialise(transformer, seed=0)
+    return transformer
+
+
+def starve_one_expert(routers: Iterator[nn.Module]) -> None:
+    for module in routers:
+        if isinstance(bias := getattr(module, "expert_bias", None), Tensor):
+            bias[3] = -10.0
+
+
+def reference(model: Model, case: Case) -> Trace:
+    """Plain PyTorch on one process: every micro-batch in turn, one loss, clip_grad_norm_, AdamW."""
+    config, run = model.model_copy(update={"router_aux_loss": case.aux}), run_of(model, case)
+    transformer = build(config, Mesh())
+    starve_one_expert(transformer.modules())
+    parameters = dict(transformer.named_parameters())
+    matrices = [p for p in parameters.values() if p.dim() > 1]
+    vectors = [p for p in parameters.values() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": run.optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=run.optimizer.lr, betas=(run.optimizer.beta1, run.optimizer.beta2), eps=run.optimizer.eps,
+    )  # fmt: skip
+    gradients, norms, aux_values = {}, [], []
+    for step in range(STEPS):
+        batch = global_batch(config, step)
+        micros = [cut(batch, i, case.micro_batch) for i in range(0, SEQUENCES, case.micro_batch)]
+        outputs = [transformer(m.tokens_BS, m.positions_BS, m.labels_BS) for m in micros]
+        stats = [unpack_stats(packed) for _, packed in outputs]
+        count_NE = sum(s.count_NBE.sum(1) for s in stats)
+        assert isinstance(count_NE, Tensor)
+        load_NE = count_NE / count_NE.sum(1, keepdim=True)
+        aux_values.append(sum(float(balance_loss(case.aux, s, config.num_experts_per_tok, load_NE)) for s in stats) / len(stats))
+        token_losses = sum(loss_T.sum() for loss_T, _ in outputs) / (batch.labels_BS != -100).sum()
+        (token_losses + sum(router_loss(config, s, load_NE) for s in stats) / len(stats)).backward()
+        if step == 0:
+            gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), run.optimizer.clip_grad)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return Trace(gradients, norms, aux_values, {name: p.detach().clone() for name, p in parameters.items()})
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """2-norm of the difference over 2-norm; where the truth is all zero, any other value is infinitely wrong."""
+    difference, size = float((ours - theirs).norm()), float(theirs.norm())
+    return difference / size if size else (float("inf") if difference else 0.0)
+
+
+def check_rank(rank: int, model: Model, cases: list[tuple[Case, Trace]]) -> list[Errors]:
+    """All cases of one world size on this rank, each against its reference."""
+    return [check_case(run_of(model, case), case, truth) for case, truth in cases]
+
+
+def check_case(run: Run, case: Case, truth: Trace) -> Errors:
+    """The engine itself, as launch/pretrain_moe.py runs it, on this rank's slices."""
+    from moe_engine.train.step import accumulate, finish
+    from moe_engine.train.zero import ZeroEngine
+
+    mesh = build_mesh(case.dp, case.ep, case.tp)
+    transformer = build(run.model, mesh)
+    engine = ZeroEngine(transformer, run, mesh)
+    starve_one_expert(iter(engine.routers))
+    mine = {name: (p, note_of(p).local_slices()) for name, p in transformer.named_parameters()}
+    gradient_error, norm_error, aux_error = 0.0, 0.0, 0.0
+    for step in range(STEPS):
+        batch, size = global_batch(run.model, step), case.micro_batch
+        order = [(a * mesh.data.size + mesh.data.rank) * size for a in range(case.accumulation)]
+        tally = accumulate(engine, run.model, mesh, [cut(batch, i, size) for i in order])
+        for name, gradient in engine.gradients().items() if step == 0 else ():
+            gradient_error = max(gradient_error, relative(gradient, truth.gradients[name][mine[name][1]]))
+        report = finish(engine, run.model, mesh, tally, run.optimizer.lr)
+        norm_error = max(norm_error, abs(report.grad_norm / truth.norms[step] - 1))
+        aux_error = max(aux_error, abs(report.aux_loss / truth.aux[step] - 1))
+    weights_error = max(relative(p.detach(), truth.weights[name][at]) for name, (p, at) in mine.items())
+    engine.close()
+    return Errors(gradient_error, norm_error, aux_error, weights_error)
+
+
+def all_cases(max_world: int) -> list[Case]:
+    """Every layout of {1, 2, 4, 8}^3 on max_world ranks or fewer x ZeRO x accumulation x balancing loss."""
+    sizes = [n for n in (1, 2, 4, 8) if n <= max_world]
+    layouts = [(d, e, t) for d in sizes for e in sizes for t in sizes if d * e * t <= max_world]
+    return [
+        Case(*layout, zero, accumulation, aux)
+        for layout in layouts
+        for zero in (0, 1, 2)
+        for accumulation in (1, 4)
+        for aux in ("micro_batch", "global_batch")
+    ]
+
+
+FAST = [
+    Case(1, 1, 1, 2, 4, "global_batch"), Case(2, 1, 1, 1, 1, "micro_batch"), Case(1, 1, 2, 2, 4, "micro_batch"),
+    Case(1, 2, 1, 0, 4, "global_batch"), Case(2, 2, 1, 2, 1, "global_batch"), Case(1, 2, 2, 1, 4, "global_batch"),
+    Case(1, 4, 1, 2, 4, "micro_batch"), Case(2, 1, 2, 0, 1, "micro_batch"),
+]  # fmt: skip
+
+
+def verify(model: Model, cases: list[Case]) -> float:
+    """Run the cases, print a row each, return the worst relative error."""
+    import moe_engine.train.zero  # noqa: F401 (imported once here, inherited by the forked ranks)
+
+    truths: dict[tuple[str, int], Trace] = {}
+    print(f"{'dp':>3} {'ep':>3} {'tp':>3} {'zero':>4} {'accum':>5}  {'aux':12}  gradient  grad norm  aux loss  weights")
+    worst = 0.0
+    for world in sorted({case.world for case in cases}):
+        group = [case for case in cases if case.world == world]
+        for case in group:
+            # a global loss does not depend on micro-batches, so its one truth is the whole batch at once
+            size = case.micro_batch if case.aux == "micro_batch" else SEQUENCES
+            if (case.aux, size) not in truths:
+                truths[case.aux, size] = reference(model, Case(1, 1, 1, 0, SEQUENCES // size, case.aux))
+        work = [(c, truths[c.aux, c.micro_batch if c.aux == "micro_batch" else SEQUENCES]) for c in group]
+        per_rank = run_on_ranks(check_rank, world, model, work, timeout=3600)
+        for i, case in enumerate(group):
+            errors = Errors(*(max(column) for column in zip(*(rank[i] for rank in per_rank), strict=True)))
+            worst = max(worst, *errors)
+            figures = "  ".join(f"{e:8.1e}" for e in errors)
+            print(f"{case.dp:3} {case.ep:3} {case.tp:3} {case.zero:4} {case.accumulation:5}  {case.aux:12}  {figures}", flush=True)
+    print(f"layouts {len(cases)}, worst relative error {worst:.1e}")
+    return worst
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help=f"{len(FAST)} layouts of up to 4 ranks")
+    parser.add_argument("--world", type=int, default=8, help="largest number of ranks")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cases = FAST if options.fast else all_cases(options.world)
+    return int(verify(SMALL, cases) > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
