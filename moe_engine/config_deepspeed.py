@@ -118,7 +118,7 @@ def special(key: str, value: Any, settings: dict[str, Any], problems: list[str])
         settings["train.precision"] = "bf16" if value else "fp32"
     elif key == "moe.enabled" and isinstance(value, bool):
         settings["moe.enabled"] = value
-    elif key == "optimizer.params.betas" and isinstance(value, list) and len(value) == 2:
+    elif key == "optimizer.params.betas" and isinstance(value, list) and [is_number(str(x)) for x in value] == [True] * 2:
         settings["optimizer.beta1"], settings["optimizer.beta2"] = value
     else:
         allowed = {OFFLOAD: "'cpu' or 'none'", "optimizer.params.betas": "two numbers"}.get(key, "true or false")

@@ -21,7 +21,7 @@ from moe_engine.config import Model
 from moe_engine.config_report import nearest, refuse, shown, validation_problems
 from moe_engine.errors import ConfigError
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 18
 MAX_ALIASES = 16
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "models"
 
@@ -51,10 +51,11 @@ class Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {shown(key)} is written twice", node.start_mark)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value} is written twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -68,16 +69,20 @@ Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.r
 
 def read_text(path: str | Path) -> str:
     """The text of a small configuration file. ConfigError when it is missing, unreadable, too large or not UTF-8."""
+    name = shown(str(path))[1:-1]
+    if not Path(path).is_file():
+        raise ConfigError(f"{name}: not a file: give the path of a text file")
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
-        text = raw.decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text or not a path"
-        raise ConfigError(f"{shown(str(path))[1:-1]}: cannot be read ({reason}): give the path of a text file") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None
     if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes, which no configuration needs")
-    return text
+        raise ConfigError(f"{name}: larger than {MAX_BYTES} bytes, which no configuration needs")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name}: not UTF-8 text") from None
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -34,25 +34,27 @@ def oracle(model: Model, parallel: Parallel, train: Train, world: int) -> bool:
 
 
 def random_case(rng: random.Random) -> tuple[Run, int]:
-    kv_heads = rng.choice([1, 2, 3, 4, 6, 8])
+    """A run and a number of ranks; half of the draws come from sizes that divide well."""
+    even = rng.random() < 0.5
+    kv_heads = rng.choice([4, 8] if even else [1, 2, 3, 4, 6])
     heads = kv_heads * rng.choice([1, 2, 3, 4])
-    experts = rng.choice([0, 1, 2, 3, 4, 6, 8, 12, 16, 64])
+    experts = rng.choice([8, 16, 24] if even else [0, 1, 2, 3, 4, 6, 12])
     model = Model(
-        vocab_size=rng.choice([96, 250, 264, 32000, 128256]),
+        vocab_size=rng.choice([264, 32000, 128256] if even else [96, 250, 99]),
         hidden_size=heads * 8,
-        intermediate_size=rng.choice([48, 100, 256, 14336]),
+        intermediate_size=rng.choice([256, 14336] if even else [48, 100, 33]),
         num_hidden_layers=3,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         num_local_experts=experts,
         num_experts_per_tok=rng.randint(1, max(1, experts)),
-        moe_intermediate_size=rng.choice([24, 96, 1376]),
-        moe_layers=rng.choice(["all", "all", (0, 2), ()]),
+        moe_intermediate_size=rng.choice([96, 1376] if even else [24, 27, 96]),
+        moe_layers=rng.choice(["all", "all", (0, 2)] if even else ["all", (0, 2), ()]),
     )
-    ep, tp = rng.choice([1, 1, 2, 3, 4, 8]), rng.choice([1, 1, 2, 3, 4, 8])
+    ep, tp = rng.choice([1, 2, 4, 8, 3]), rng.choice([1, 1, 2, 4, 3])
     dp = rng.choice([1, 2, 3, 4])
-    world = rng.choice([dp * ep * tp, dp * ep * tp, 1, 2, 4, 6, 8, 12, 16, 24])
-    train = Train(micro_batch=rng.choice([1, 2, 3]), seq_length=rng.choice([15, 64, 128, 96]))
+    world = dp * ep * tp if rng.random() < 0.8 else rng.choice([1, 2, 4, 6, 8, 12, 16, 24])
+    train = Train(micro_batch=rng.choice([1, 2, 3]), seq_length=rng.choice([64, 128, 96] if even else [15, 96]))
     return Run(model=model, parallel=Parallel(dp=dp, ep=ep, tp=tp), train=train), world
 
 
@@ -80,7 +82,7 @@ def test_layouts_agree_with_a_brute_force_oracle() -> None:
                 works = with_parallel(run, world, **{found[1]: value})
                 assert oracle(works.model, works.parallel, works.train, world) is (value in valid)
             listed += 1
-    assert 150 < sum(verdicts) < 450 and listed > 50
+    assert 150 < sum(verdicts) < 450 and listed > 50, (sum(verdicts), listed)
 
 
 @pytest.mark.parametrize(

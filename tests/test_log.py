@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,28 @@ def test_console_prints_every_nth_step_and_the_last(capsys: pytest.CaptureFixtur
     assert [line.split(" |")[0] for line in lines] == ["Step 3/7", "Step 6/7", "Step 7/7"]
     # The clock ticks 2 s a call: one call for the first row and one for the ETA of each later row, so 2 s a step.
     assert lines[0].endswith("ETA 0:00:08") and lines[-1].endswith("ETA 0:00:00")
+
+
+def test_live_line_on_a_terminal() -> None:
+    code = """
+from moe_engine.log import Logger
+with Logger(None, True, 5, log_every=3) as log:
+    for step in range(1, 6):
+        log.step({"step": step, "loss": 1.0})
+        if step == 4:
+            log.info("a note")
+"""
+    master, slave = os.openpty()
+    subprocess.run([sys.executable, "-c", code], stdout=slave, env=os.environ | {"TERM": "xterm"}, check=True)
+    os.close(slave)
+    shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert all(f"Step {step}/5" in shown for step in range(1, 6))
+    # What stays on the screen: the text after the last "erase this line" of each line.
+    kept = [line.rpartition("\x1b[2K")[2].strip() for line in shown.split("\r\n")]
+    kept = [line for line in kept if line and "Step 4" not in line and "Step 2" not in line]
+    assert [line.split(" |")[0] for line in kept] == ["Step 3/5", "a note", "Step 5/5"]
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")  # the cursor is visible
 
 
 def test_load_warning_once_per_interval_on_the_mean(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Turns text files into token shards for training: see moe_engine/data/prepare.py.
 
-    python tools/prepare_data.py --input book.txt notes/ --out data/mine
-    python tools/prepare_data.py --domain web=web.jsonl.gz --domain code=src/ --tokenizer tokenizer.model --out data/mix
-    python tools/prepare_data.py --stdlib --out data/python
+python tools/prepare_data.py --input book.txt notes/ --out data/mine
+python tools/prepare_data.py --domain web=web.jsonl.gz --domain code=src/ --tokenizer tokenizer.model --out data/mix
+python tools/prepare_data.py --stdlib --out data/python
 """
 
 import argparse
@@ -19,19 +19,29 @@ from moe_engine.log import printable
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Turn .txt .md .py .jsonl .json .parquet files (also .gz) and folders into token shards for training.",
+        description="Turn .txt .md .py .jsonl .json .parquet files (also .gz) and folders into token shards.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     what = parser.add_argument_group("what to read")
-    what.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files and folders of one domain, called 'data'")
+    what.add_argument(
+        "--input", nargs="+", default=[], metavar="PATH", help="files and folders of one domain, called 'data'"
+    )
     what.add_argument("--domain", action="append", default=[], metavar="NAME=PATH", help="one domain; repeat for more")
-    what.add_argument("--stdlib", action="store_true", help="the Python standard library's own sources, as domain 'stdlib'")
-    what.add_argument("--text-key", metavar="FIELD", help="field that holds the text of a row; default: the first of text, content...")
-    what.add_argument("--per", choices=("file", "line"), default="file", help="a plain text file is one document, or one a line")
+    what.add_argument(
+        "--stdlib", action="store_true", help="the Python standard library's own sources, as domain 'stdlib'"
+    )
+    what.add_argument(
+        "--text-key", metavar="FIELD", help="field that holds the text of a row; default: the first of text, content..."
+    )
+    what.add_argument(
+        "--per", choices=("file", "line"), default="file", help="a plain text file is one document, or one a line"
+    )
     what.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="skip reports, counts and goes on")
     how = parser.add_argument_group("how to write")
     how.add_argument("--out", required=True, metavar="FOLDER", help="where the shards go")
-    how.add_argument("--tokenizer", default="bytes", metavar="SPEC", help="'bytes', a .model file, or a folder with tokenizer.json")
+    how.add_argument(
+        "--tokenizer", default="bytes", metavar="SPEC", help="'bytes', a .model file, or a folder with tokenizer.json"
+    )
     how.add_argument("--add-bos", action="store_true", help="begin each document with the tokenizer's begin-of-text id")
     how.add_argument("--eval-fraction", type=float, default=0.01, help="share of the documents that is held out")
     how.add_argument("--shard-tokens", type=int, default=Options.shard_tokens, help="tokens in one file")
@@ -63,7 +73,9 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     options = Options(args.text_key, args.per, args.add_bos, args.eval_fraction, args.on_bad_row, args.shard_tokens)
     try:
-        manifest = prepare(domains_of(args), args.out, args.tokenizer, options, args.workers, args.overwrite, args.quiet)
+        manifest = prepare(
+            domains_of(args), args.out, args.tokenizer, options, args.workers, args.overwrite, args.quiet
+        )
     except EngineError as error:
         print(f"prepare_data: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -71,12 +83,13 @@ def main(argv: list[str]) -> int:
         print("prepare_data: interrupted; nothing was written", file=sys.stderr)
         return 130
     for name, domain in manifest["domains"].items():
-        train, held_out = domain["splits"]["train"], domain["splits"]["eval"]
-        print(
-            f"{name}: {train['tokens']:,} tokens in {train['documents']:,} documents to train on, {held_out['tokens']:,} in "
-            f"{held_out['documents']:,} held out; {domain['bad_rows']:,} bad rows, {domain['empty_documents']:,} empty documents"
-        )
-    print(f"{args.out}: {manifest['tokens']:,} tokens, vocabulary {manifest['vocab_size']:,} ({manifest['tokenizer']['kind']})")
+        counts = [
+            f"{split}: {entry['tokens']:,} tokens in {entry['documents']:,} documents"
+            for split, entry in domain["splits"].items()
+        ]
+        print(f"{name}: {'; '.join(counts)}; {domain['bad_rows']:,} bad rows, {domain['empty_documents']:,} empty")
+    kind = manifest["tokenizer"]["kind"]
+    print(f"{args.out}: {manifest['tokens']:,} tokens, vocabulary {manifest['vocab_size']:,} ({kind})")
     return 0
 
 

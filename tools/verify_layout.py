@@ -22,7 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe_engine.config import Model, Optimizer, Parallel, Run, Train
-from moe_engine.data.batch import Batch
+from moe_engine.data.loader import Batch
 from moe_engine.model.router_losses import balance_loss, router_loss, unpack_stats
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks

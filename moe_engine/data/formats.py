@@ -21,7 +21,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from moe_engine.data.json_array import BadValue, array_values
 from moe_engine.errors import ConfigError, DataError
@@ -38,7 +38,7 @@ READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
 class BadRow(NamedTuple):
-    """A row, or what is left of a file, that cannot be used. `where` is "line", "line:column", "row n" or "" (the file)."""
+    """A row, or the rest of a file, that cannot be used. `where` is "line", "line:column", "row n" or "" (the file)."""
 
     path: str
     where: str
@@ -66,8 +66,11 @@ class Piece(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes, roughly."""
-        return len(self.payload) if isinstance(self.payload, bytes) else 1000 * len(self.payload)
+        """Bytes of text, roughly."""
+        if isinstance(self.payload, bytes):
+            return len(self.payload)
+        rows = (value.values() if isinstance(value, dict) else [value] for _, value in self.payload)
+        return sum(len(field) for row in rows for field in row if isinstance(field, str))
 
 
 def list_files(paths: Iterable[str | Path]) -> list[Path]:
@@ -99,16 +102,18 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedIOBase:
     return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
 
 
-def read_pieces(path: Path, per: Literal["file", "line"] = "file") -> Iterator[Piece | BadRow]:
+def read_pieces(
+    path: Path, per: Literal["file", "line"] = "file", text_key: str | None = None
+) -> Iterator[Piece | BadRow]:
     """The file as pieces, in order. `per`: whether a plain text file is one document or one document a line."""
     suffix = _suffix(path)
     try:
         if suffix == ".parquet":
-            yield from _parquet(path)
+            yield from _parquet(path, text_key)
         elif suffix == ".json":
             yield from _json(path)
         elif suffix == ".jsonl":
@@ -129,7 +134,7 @@ def _lines(path: Path, kind: Literal["lines", "jsonl"]) -> Iterator[Piece | BadR
             try:
                 chunk = stream.read(BLOCK)
             except READ_ERRORS as error:
-                yield BadRow(str(path), str(line + tail.count(b"\n")), f"the file ends early or is damaged here: {error}")
+                yield BadRow(str(path), str(line), f"the file ends early or is damaged here: {error}")
                 return
             if not chunk:
                 break
@@ -232,7 +237,7 @@ def _json_object(path: Path) -> Iterator[Piece | BadRow]:
         yield Piece(str(path), "rows", 0, rows[start : start + 256])
 
 
-def _parquet(path: Path) -> Iterator[Piece | BadRow]:
+def _parquet(path: Path, text_key: str | None) -> Iterator[Piece | BadRow]:
     try:
         import pyarrow.parquet
         from pyarrow import ArrowException
@@ -241,7 +246,8 @@ def _parquet(path: Path) -> Iterator[Piece | BadRow]:
     number = 1
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
+            wanted = [name for name in ((text_key,) if text_key else TEXT_KEYS) if name in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=256, columns=wanted[:1] or None):
                 rows = [(f"row {number + i}", row) for i, row in enumerate(batch.to_pylist())]
                 number += len(rows)
                 yield Piece(str(path), "rows", 0, rows)

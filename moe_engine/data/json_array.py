@@ -1,6 +1,6 @@
 """The values of a JSON array, one by one, without holding the array.
 
-After a value that does not parse, reading goes on at the next "}, {" whose object has the fields of the last good row,
+After a value that does not parse, reading goes on at the next object that has the fields of the last good row,
 so that one broken row costs one row (objects nested in the broken row are passed over).
 """
 
@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 BLOCK = 1 << 20  # characters
 BLANK = re.compile(r"[\s,]*")
-NEXT_ROW = re.compile(r"\}\s*,?\s*(?=\{)")
+NEXT_ROW = re.compile(r"[,}]\s*(?=\{)")
 
 
 class BadValue(NamedTuple):
@@ -33,6 +33,7 @@ class _Array:
         self.buffer, self.at, self.line, self.ended = "", 0, 1, False
         self.column_base = 0  # characters of the current line that lie before the buffer
         self.damage: str | None = None
+        self.bad_where = ""
 
     def values(self) -> Iterator[tuple[str, Any | BadValue]]:
         fields: set[str] = set()
@@ -40,7 +41,7 @@ class _Array:
         self.skip_blank()
         self.at += 1  # the opening bracket
         while char := self.skip_blank():
-            if char == "]" and not lost:
+            if char == "]":
                 self.at += 1
                 if self.skip_blank():
                     yield self.where(self.at), BadValue("text after the end of the array")
@@ -65,9 +66,8 @@ class _Array:
 
     def fill(self) -> None:
         """Drop what was read and read at least as much again as is kept: linear in all."""
-        self.column_base = self.at - self.buffer.rfind("\n", 0, self.at) - 1 + (
-            0 if "\n" in self.buffer[: self.at] else self.column_base
-        )
+        line_start = self.buffer.rfind("\n", 0, self.at) + 1
+        self.column_base = self.at - line_start + (0 if line_start else self.column_base)
         self.line += self.buffer.count("\n", 0, self.at)
         self.buffer, self.at = self.buffer[self.at :], 0
         try:

@@ -2,7 +2,7 @@
 
 Sample n of the run is one window of one domain (mixture.py says which, order.py what it holds). Step s takes samples
 [s*G, (s+1)*G), G = data_size * accumulation * micro_batch; micro-batch a of data rank r takes the samples
-s*G + (a*data_size + r)*micro_batch + j. So the layout cuts the sequence and never changes it, and no sample goes to two ranks.
+s*G + (a*data_size + r)*micro_batch + j. So the layout cuts the sequence and never changes it: no sample is read twice.
 
     tokens      t0 t1 E  u0 u1      E ends a document and is predicted (label of t1)
     labels      t1 E  -  u1 ...     with document_mask the label of E is -100: u0 is not predicted across the border
@@ -50,8 +50,8 @@ def open_domains(
 ) -> list[OpenDomain]:
     """Opens (name, path, weight) triples, `path` a folder made by prepare_data.
 
-    A folder with several domains gives the one called `name`; if none is, all of them, sharing `weight` by their tokens.
-    DataError if a folder was tokenised otherwise than `tokenizer_fingerprint`, or holds ids >= `vocab_size`.
+    A folder with several domains gives the one called `name`, or all of them, sharing `weight` by their tokens, if none
+    is. DataError if a folder was tokenised otherwise than `tokenizer_fingerprint`, or holds ids >= `vocab_size`.
     """
     opened = []
     for name, path, weight in domains:
@@ -89,8 +89,8 @@ def _check_tokenizer(folder: Path, manifest: dict[str, Any], fingerprint: str | 
 class Loader:
     """Iterating gives, for each step, the list of `accumulation` Batches of this data rank; it never ends.
 
-    `domains` lists the names that `domain_B` indexes. `state()` is JSON-able; `load_state()` goes on with the next step, also on
-    another layout, in the middle of an epoch or with another global batch.
+    `domains` lists the names that `domain_B` indexes. `state()` is JSON-able; `load_state()` goes on with the next
+    step, also within an epoch, on another layout or with another global batch. DataError where the text is too short.
     """
 
     def __init__(
@@ -148,10 +148,13 @@ class Loader:
         here = self.state()
         for key in ("seed", "seq_length", "domains"):
             if state[key] != here[key]:
-                raise ConfigError(f"data order: the checkpoint has {key} {state[key]}, the run {here[key]}; keep the checkpoint's")
+                found = f"the checkpoint has {key} {state[key]}, the run {here[key]}"
+                raise ConfigError(f"data order: {found}; a run that resumes keeps the checkpoint's")
         for name, was, now in zip(self.domains, state["datasets"], here["datasets"]):
             if was != now:
-                raise DataError(f"domain {name}: its tokens are not those the checkpoint was trained on; use the same prepared data")
+                raise DataError(
+                    f"domain {name}: not the tokens the checkpoint was trained on; use the same prepared data"
+                )
         self.step = int(state["step"])
         self.mixture.load_state(state["mixture"])
 
@@ -159,14 +162,15 @@ class Loader:
         for name, order, weight in zip(self.domains, self.orders, self.mixture.weights):
             if order.per_epoch == 0:
                 raise DataError(
-                    f"domain {name}: {order.dataset.tokens} tokens do not fill one window of seq_length {self.seq_length} + 1; "
+                    f"domain {name}: {order.dataset.tokens} tokens do not fill one window of {self.seq_length} + 1; "
                     "give it more text or lower --seq-length"
                 )
             needed = math.ceil(weight * self.global_batch - 1e-9)
             if order.per_epoch < needed:
                 raise DataError(
-                    f"domain {name}: {order.per_epoch} windows of {self.seq_length} tokens, but one step of {self.global_batch} "
-                    f"sequences takes {needed} of it; give it more text, or lower --global-batch, --seq-length or its weight"
+                    f"domain {name}: has {order.per_epoch} windows of {self.seq_length} tokens, and a step of "
+                    f"{self.global_batch} sequences takes {needed} of them; give it more text, or lower "
+                    "--global-batch, --seq-length or its weight"
                 )
 
 
@@ -202,8 +206,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """The held-out text once, in a fixed order that mixes the domains evenly, cut over the data ranks.
 
-    Every token but the first of a domain is a label at most once. All ranks get the same number of batches (`limit` at most):
-    where samples run out the rows are filled with labels of -100, which count nothing.
+    Every token but the first of a domain is a label at most once. All ranks get the same number of batches (`limit` at
+    most): where samples run out the rows are filled with labels of -100, which count nothing.
     """
     orders = [SampleOrder(domain.dataset, seq_length, 0, domain.name) for domain in domains]
     sizes = [max(math.ceil((order.dataset.tokens - 1) / seq_length), 0) for order in orders]

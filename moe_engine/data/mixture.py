@@ -1,9 +1,9 @@
 """Which domain the next sample comes from: shares follow the weights closely, without a fixed pattern.
 
 Each draw adds weight d to the credit of every domain d (weights sum to 1), takes the domain whose credit plus a seeded
-dither in [0, 1) is largest, ties to the lowest index, and takes 1 from its credit. Credits sum to 0 and stay within a few draws, so the observed shares
-differ from the weights by a few draws in all, however long the run; the dither keeps a domain from always falling on
-the same rank. Weights may change at any time: from then on the new ones are followed, what was drawn stays drawn.
+dither in [0, 1) is largest, ties to the lowest index, and takes 1 from its credit. Credits sum to 0 and stay small, so
+the counts differ from the weights by a few draws in all, however long the run; the dither keeps a domain from always
+falling on the same rank. Weights may change at any time: the new ones are followed from the next draw on.
 """
 
 import math
@@ -17,7 +17,7 @@ from moe_engine.errors import ConfigError
 
 
 class Mixture:
-    """An endless sequence of (domain, how many samples this domain gave before), a function of weights and seed alone."""
+    """An endless sequence of (domain, how many samples it gave before), a function of weights and seed alone."""
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         self.key = stable_key(seed, "mixture")

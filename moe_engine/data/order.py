@@ -6,8 +6,8 @@
     samples     w5 w1 w7 ...            windows shuffled by (seed, domain, epoch)
 
 Each token of an epoch is an input at most once and a label at most once. What does not fill a window at the end of the
-stream is left out, and is another part of the text in the next epoch. Shuffling sorts by a hash (splitmix64), so that the
-order does not hang on a library's random generator.
+stream is left out, and is another part of the text in the next epoch. Shuffling sorts by a hash (splitmix64), so that
+the order does not hang on a library's random generator.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
 """Files to token shards: read in order, tokenised by worker processes, written in order.
 
-    list_files -> read_pieces -> groups of about 1 MiB -> workers: documents, token ids, split -> shards of domain x split
+    list_files -> read_pieces -> groups of about 1 MiB -> workers: documents, token ids, split -> shards
 
-Groups come back in the order they were read, so the shards are the same bytes for any number of workers. A document is held
-out when the hash of its text falls below `eval_fraction`: equal texts are on one side, whatever else is prepared with them. A
+Groups come back in the order they were read, so the shards are the same bytes for any number of workers. A document is
+held out when the hash of its text falls below `eval_fraction`: equal texts are on one side, whatever they come with. A
 domain too small for that to hold anything out gives the last `eval_fraction` of its tokens.
 """
 
@@ -11,7 +11,9 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sysconfig
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,11 +22,11 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from moe_engine.data.formats import BadRow, Document, Piece, documents, list_files, read_pieces
+from moe_engine.data.formats import BadRow, Piece, documents, list_files, read_pieces
 from moe_engine.data.progress import Progress
 from moe_engine.data.shards import (
     MANIFEST,
@@ -66,7 +68,7 @@ class Encoded(NamedTuple):
 
 
 def stdlib_sources() -> list[Path]:
-    """The running Python's own standard library sources, without tests and installed packages: text that every machine has."""
+    """The running Python's own standard library sources, without tests and installed packages: on every machine."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, folders, names in os.walk(root):
@@ -98,13 +100,12 @@ def prepare(
         raise ConfigError(f"tokenizer {model.spec}: has no begin-of-text token; leave out --add-bos")
     files = {name: list_files(paths) for name, paths in domains.items()}
     sources = {name: [_source(file) for file in found] for name, found in files.items()}
-    described = json.dumps([sources, model.fingerprint, asdict(options)])
-    key = hashlib.sha256(described.encode()).hexdigest()
+    key = _key(sources, model, options)
     if (manifest := _existing(out, key, overwrite)) is not None:
         return manifest
     total = sum(source["bytes"] for found in sources.values() for source in found)
     with publish(out) as folder, Progress(total, quiet) as progress:
-        writer = _Writer(folder, model, options, list(files), progress)
+        writer = _Writer(folder, model, options, files, progress)
         for domain, encoded in _encode_all(files, model, options, _worker_count(workers, total, model)):
             writer.add(domain, encoded)
         manifest = writer.finish(sources, key)
@@ -129,31 +130,45 @@ def _source(file: Path) -> dict[str, Any]:
     return {"path": str(file), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
+def _key(sources: dict[str, list[dict[str, Any]]], model: Tokenizer, options: Options) -> str:
+    """Changes when the output would: with a file's name, size or time, the tokenizer or the options."""
+    known = {
+        name: [[Path(source["path"]).name, source["bytes"], source["modified_ns"]] for source in found]
+        for name, found in sources.items()
+    }
+    return hashlib.sha256(json.dumps([known, model.fingerprint, asdict(options)]).encode()).hexdigest()
+
+
 def _existing(out: Path, key: str, overwrite: bool) -> dict[str, Any] | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not out.is_dir() or not (out / MANIFEST).is_file():
         raise ConfigError(f"{out}: exists and is not prepared data; choose another output folder")
-    if not overwrite or read_manifest(out)["key"] == key:
-        manifest = read_manifest(out)
-        if manifest["key"] == key:
-            return manifest
-        raise ConfigError(f"{out}: holds other data (files, tokenizer or options differ); choose another folder or --overwrite")
-    return None
+    manifest = read_manifest(out)
+    if manifest["key"] == key:
+        return manifest
+    if overwrite:
+        return None
+    raise ConfigError(
+        f"{out}: holds data made of other files, or with another tokenizer or other options; choose another folder, or "
+        "replace it with --overwrite"
+    )
 
 
 def _worker_count(workers: int | None, size: int, model: Tokenizer) -> int:
     """Bytes are copied faster than a process takes them; starting processes pays from some megabytes on."""
     if workers is not None:
         return workers
-    return 1 if model.kind == "bytes" or size < 8 << 20 else len(os.sched_getaffinity(0))
+    if model.kind == "bytes" or size < 8 << 20:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _groups(files: Mapping[str, Sequence[Path]], per: Literal["file", "line"]) -> Iterator[tuple[str, list[Piece | BadRow]]]:
+def _groups(files: Mapping[str, Sequence[Path]], options: Options) -> Iterator[tuple[str, list[Piece | BadRow]]]:
     for domain, paths in files.items():
         group, size = [], 0
         for path in paths:
-            for piece in read_pieces(path, per):
+            for piece in read_pieces(path, options.per, options.text_key):
                 group.append(piece)
                 size += piece.size if isinstance(piece, Piece) else 0
                 if size >= GROUP:
@@ -166,14 +181,14 @@ def _groups(files: Mapping[str, Sequence[Path]], per: Literal["file", "line"]) -
 def _encode_all(
     files: Mapping[str, Sequence[Path]], model: Tokenizer, options: Options, workers: int
 ) -> Iterator[tuple[str, Encoded]]:
-    groups = _groups(files, options.per)
+    groups = _groups(files, options)
     if workers == 1:
         for domain, group in groups:
             yield domain, encode_group(group, model, options)
         return
     pending: deque[tuple[str, Future[Encoded]]] = deque()
     with ExitStack() as stack:
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
         stack.callback(pool.shutdown, cancel_futures=True)
         try:
             for domain, group in groups:
@@ -186,6 +201,19 @@ def _encode_all(
                 yield name, future.result()
         except BrokenProcessPool:
             raise DataError("a worker process died (out of memory?); try again with fewer --workers") from None
+
+
+def _start_worker() -> None:
+    """A worker leaves Ctrl-C to the parent and ends when the parent does, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 _load_once = lru_cache(maxsize=1)(load_tokenizer)
@@ -208,11 +236,12 @@ def encode_group(group: list[Piece | BadRow], model: Tokenizer, options: Options
                 empty += 1
             else:
                 texts.append(row.text)
-    before = [model.bos_id] if options.add_bos else []
+    before = np.array([model.bos_id] if options.add_bos else [], np.int32)
+    after = np.array([model.eos_id], np.int32)
     arrays: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     for text, ids in zip(texts, model.encode(texts)):
         split = "eval" if _held_out(text, options.eval_fraction) else "train"
-        arrays[split].append(np.concatenate([before, ids, [model.eos_id]]))
+        arrays[split].append(np.concatenate([before, ids, after]))
     dtype = token_dtype(model.vocab_size)
     splits = {split: _joined(found, dtype) for split, found in arrays.items()}
     return Encoded(splits, bad, empty, sum(item.size for item in group if isinstance(item, Piece)))
@@ -231,7 +260,9 @@ def _held_out(text: str, fraction: float) -> bool:
 class _Writer:
     """Takes groups in order, keeps the counts, and writes the shards and the list of bad rows."""
 
-    def __init__(self, folder: Path, model: Tokenizer, options: Options, domains: list[str], progress: Progress) -> None:
+    def __init__(
+        self, folder: Path, model: Tokenizer, options: Options, domains: Iterable[str], progress: Progress
+    ) -> None:
         self.folder, self.model, self.options, self.progress = folder, model, options, progress
         self.dtype = token_dtype(model.vocab_size)
         self.counts = {name: {"bad_rows": 0, "empty_documents": 0} for name in domains}
@@ -244,9 +275,8 @@ class _Writer:
         if domain != self.domain:
             self._close_domain()
             self.domain = domain
-            self.open = {
-                split: ShardWriter(self.folder, f"{domain}-{split}", self.dtype, self.options.shard_tokens) for split in SPLITS
-            }
+            size = self.options.shard_tokens
+            self.open = {s: ShardWriter(self.folder, f"{domain}-{s}", self.dtype, size) for s in SPLITS}
             self.max_id = dict.fromkeys(SPLITS, -1)
         self._report(domain, encoded.bad)
         self.counts[domain]["empty_documents"] += encoded.empty
@@ -291,7 +321,7 @@ class _Writer:
                 counts = self.counts[domain]
                 raise DataError(
                     f"domain {domain}: no text in {len(sources[domain])} files ({counts['bad_rows']} bad rows, "
-                    f"{counts['empty_documents']} empty documents); give files with text, or name the field with --text-key"
+                    f"{counts['empty_documents']} empty documents); give files with text, or name its --text-key"
                 )
         model = self.model
         totals = {
@@ -309,6 +339,7 @@ class _Writer:
             **totals,
             "bad_rows": sum(counts["bad_rows"] for counts in self.counts.values()),
             "domains": {
-                name: {**self.counts[name], "splits": self.splits[name], "sources": sources[name]} for name in self.splits
+                name: {**self.counts[name], "splits": splits, "sources": sources[name]}
+                for name, splits in self.splits.items()
             },
         }

@@ -1,10 +1,11 @@
 """Token shards: the tokens of many documents in memory-mapped files, an index of where each document ends, a manifest.
 
-    OUT/manifest.json              format, tokenizer and its fingerprint, counts, sources, the shards of every domain and split
-    OUT/<domain>-train-00000.bin   token ids, uint16 (vocabulary <= 65,536) or uint32, little-endian, documents end to end
-    OUT/<domain>-train-00000.idx   int64: documents + 1 offsets into the .bin, in tokens
+    OUT/manifest.json              format, tokenizer, counts, sources, the shards of every domain and split
+    OUT/<domain>-train-00000.bin   token ids, uint16 (vocabulary <= 65,536) or uint32, documents end to end
+    OUT/<domain>-train-00000.idx   int64: documents + 1 offsets into the .bin, in tokens (both little-endian)
+    OUT/bad_rows.jsonl             what was left out and why, if anything was
 
-Every document ends with `eos_id` and lies in one shard. A folder is written as OUT.partial and renamed when it is complete
+Every document ends with `eos_id` and lies in one shard. A folder is written as OUT.partial and renamed when it is whole
 and flushed, so that a folder with this name is a whole one. Reading copies nothing: windows are views of np.memmap.
 """
 
@@ -49,7 +50,7 @@ class ShardWriter:
         start = 0
         while start < len(lengths):
             if self.file is None:
-                self.file = open(self._path("bin"), "wb")
+                self.file = self._path("bin").open("wb")
             ends = np.cumsum(lengths[start:])
             room = self.shard_tokens - self.in_shard
             count = max(int(np.searchsorted(ends, room, side="right")), int(self.in_shard == 0))
@@ -58,7 +59,11 @@ class ShardWriter:
                 self.file.write(tokens[:taken].astype(self.dtype, copy=False).data)
                 self.lengths.append(lengths[start : start + count])
                 tokens, start = tokens[taken:], start + count
-                self.in_shard, self.tokens, self.documents = self.in_shard + taken, self.tokens + taken, self.documents + count
+                self.in_shard, self.tokens, self.documents = (
+                    self.in_shard + taken,
+                    self.tokens + taken,
+                    self.documents + count,
+                )
             if start < len(lengths):
                 self._finish_shard()
 
@@ -71,7 +76,7 @@ class ShardWriter:
             return np.empty(0, self.dtype), np.empty(0, np.int64)
         keep = self.in_shard - min(count, self.in_shard // 2)
         self.file.flush()
-        content = np.fromfile(self._path("bin"), self.dtype)
+        tail = np.fromfile(self._path("bin"), self.dtype, offset=keep * self.dtype.itemsize)
         ends = np.cumsum(np.concatenate(self.lengths))
         first = int(np.searchsorted(ends, keep, side="right"))  # the first document that ends after the cut
         tail_lengths = np.diff(ends[first:], prepend=keep)
@@ -80,7 +85,6 @@ class ShardWriter:
         self.tokens += keep - self.in_shard
         self.in_shard = keep
         self.lengths = [np.diff(kept, prepend=0)]
-        tail = content[keep:].copy()
         self.file.seek((keep - 1) * self.dtype.itemsize)
         self.file.truncate()
         self.file.write(np.array([eos_id], self.dtype).data)
@@ -105,9 +109,7 @@ class ShardWriter:
         with open(self._path("bin"), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         name = self._path("bin").name
-        self.shards.append(
-            {"file": name, "documents": len(offsets) - 1, "tokens": int(offsets[-1]), "sha256": digest}
-        )
+        self.shards.append({"file": name, "documents": len(offsets) - 1, "tokens": int(offsets[-1]), "sha256": digest})
         self.file, self.lengths, self.in_shard = None, [], 0
 
 
@@ -128,16 +130,23 @@ def publish(out: Path) -> Iterator[Path]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock), partial.stat()):
+                raise BlockingIOError
         except OSError:
-            raise ConfigError(f"{out}: another preparation is writing to it; wait for it or choose another folder") from None
-        for left_over in partial.iterdir():
-            left_over.unlink()
+            raise ConfigError(
+                f"{out}: another preparation is writing to it; wait for it or choose another folder"
+            ) from None
         try:
+            for left_over in partial.iterdir():
+                left_over.unlink()
             yield partial
             os.fsync(lock)
             if out.exists():
                 shutil.rmtree(out)
             os.rename(partial, out)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ConfigError(f"{error.filename or out}: {error.strerror}; nothing was written to {out}") from None
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -185,7 +194,7 @@ class TokenDataset:
         if entry["max_id"] >= self.vocab_size:
             raise DataError(
                 f"{folder}: token id {entry['max_id']} of domain {domain!r} is outside the model's vocabulary of "
-                f"{self.vocab_size}; set model.vocab_size >= {manifest['vocab_size']} or prepare with the model's tokenizer"
+                f"{self.vocab_size}; set model.vocab_size >= {manifest['vocab_size']} or use the model's tokenizer"
             )
         dtype = np.dtype(manifest["dtype"])
         self.shards = [self._map(shard, dtype) for shard in entry["shards"]]
@@ -210,7 +219,7 @@ class TokenDataset:
         if len(tokens) and int(tokens.max()) >= self.vocab_size:
             raise DataError(
                 f"{self.folder}: token id {int(tokens.max())} near document {document} of domain {self.domain!r}, "
-                f"split {self.split}, is outside the vocabulary of {self.vocab_size}; the file is damaged: prepare it again"
+                f"split {self.split}, is outside the vocabulary of {self.vocab_size}; it is damaged: prepare it again"
             )
 
     def _map(self, shard: dict[str, Any], dtype: np.dtype) -> np.ndarray:
@@ -223,7 +232,9 @@ class TokenDataset:
         self._check_size(path, (shard["documents"] + 1) * 8)
         offsets = np.fromfile(path, "<i8")
         if offsets[0] != 0 or offsets[-1] != shard["tokens"] or (np.diff(offsets) <= 0).any():
-            raise DataError(f"{path}: not an index of {shard['tokens']} tokens; the file is damaged: prepare the data again")
+            raise DataError(
+                f"{path}: not an index of {shard['tokens']} tokens; the file is damaged: prepare the data again"
+            )
         return offsets
 
     def _check_size(self, path: Path, expected: int) -> None:

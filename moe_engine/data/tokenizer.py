@@ -28,9 +28,19 @@ KINDS = "bytes | SentencePiece .model | folder with tokenizer.json | Llama 3 tik
 END_OF_DOCUMENT = 256  # of the bytes tokenizer
 EOS_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|im_end|>")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")
-HF_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "config.json")
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+HF_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "config.json",
+)
+LLAMA3_SPLIT = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    )
 )
 # tiktoken's regular expression recurses on very long runs; Llama 3's own loader cuts text at the same two lengths.
 TIKTOKEN_CHARACTERS = 400_000
@@ -39,7 +49,7 @@ TIKTOKEN_RUN = re.compile(r"\s{1,25000}|\S{1,25000}")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A loaded tokenizer. `vocab_size` is the highest id + 1; `fingerprint` a SHA-256 of everything that decides the ids."""
+    """A loaded tokenizer. `vocab_size` is the highest id + 1; `fingerprint` a SHA-256 of all that decides the ids."""
 
     kind: str
     spec: str
@@ -83,7 +93,7 @@ def _from_folder(spec: str, folder: Path) -> Tokenizer:
         return _from_file(spec, models[0], _read(spec, models[0]))
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise ConfigError(
-        f"tokenizer {spec}: the folder holds {found}; expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+        f"tokenizer {spec}: the folder holds {found}; expected tokenizer.json, a .model file, or vocab.json and merges.txt"
     )
 
 
@@ -132,10 +142,14 @@ def _sentencepiece(spec: str, content: bytes) -> Tokenizer:
     try:
         model = SentencePieceProcessor(model_proto=content)
     except (RuntimeError, OSError):
-        raise ConfigError(f"tokenizer {spec}: neither SentencePiece, tokenizer.json nor tiktoken ranks; expected {KINDS}") from None
+        raise ConfigError(
+            f"tokenizer {spec}: neither SentencePiece, tokenizer.json nor tiktoken ranks; expected {KINDS}"
+        ) from None
     eos_id, bos_id = model.eos_id(), model.bos_id()
     if eos_id < 0:
-        raise ConfigError(f"tokenizer {spec}: the SentencePiece model has no end-of-text piece; train it with --eos_id >= 0")
+        raise ConfigError(
+            f"tokenizer {spec}: the SentencePiece model has no end-of-text piece; train it with --eos_id >= 0"
+        )
     bos = bos_id if bos_id >= 0 else None
     name = _fingerprint("sentencepiece", eos_id, bos, content)
     return Tokenizer("sentencepiece", spec, model.vocab_size(), eos_id, bos, name, model.encode, model.decode)
@@ -152,9 +166,13 @@ def _tiktoken(spec: str, content: bytes) -> Tokenizer:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise ConfigError(f"tokenizer {spec}:{number}: {line[:40]!r} is not '<base64> <rank>'; is the file complete?") from None
+            raise ConfigError(
+                f"tokenizer {spec}:{number}: {line[:40]!r} is not '<base64> <rank>'; is the file complete?"
+            ) from None
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ConfigError(f"tokenizer {spec}: the {len(ranks)} ranks are not 0 to {len(ranks) - 1}; is the file complete?")
+        raise ConfigError(
+            f"tokenizer {spec}: the {len(ranks)} ranks are not 0 to {len(ranks) - 1}; is the file complete?"
+        )
     names = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}" for i in range(4)), "start_header_id"]
     names += ["end_header_id", "reserved_special_token_4", "eot_id"]
     names += [f"reserved_special_token_{i}" for i in range(5, 251)]
@@ -208,7 +226,9 @@ def _hugging_face(spec: str, folder: Path, content: bytes | None) -> Tokenizer:
     eos_id = _special_id(model, settings, "eos_token", EOS_NAMES)
     bos_id = _special_id(model, settings, "bos_token", BOS_NAMES)
     if eos_id is None:
-        raise ConfigError(f"tokenizer {spec}: no end-of-text token; name one as eos_token in {folder / 'tokenizer_config.json'}")
+        raise ConfigError(
+            f"tokenizer {spec}: no end-of-text token; name one as eos_token in {folder / 'tokenizer_config.json'}"
+        )
     files = [content] if content is not None else [(folder / name).read_bytes() for name in HF_FILES[1:3]]
     vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
     name = _fingerprint("hf", eos_id, bos_id, *files)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_engine.config import Model
-from moe_engine.data.batch import Batch
+from moe_engine.data.loader import Batch
 from moe_engine.model.loss import IGNORE
 from moe_engine.model.moe import Router
 from moe_engine.model.router_losses import RouterStats, balance_loss, router_loss, unpack_stats, z_loss

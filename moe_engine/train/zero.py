@@ -43,6 +43,7 @@ class OwnedSlice(NamedTuple):
     start: int
     master: Tensor
     moments: dict[str, Tensor]
+    first_copy: bool  # no rank before this one holds the same values
 
 
 class ZeroEngine:
@@ -72,6 +73,8 @@ class ZeroEngine:
             mpu=_ModelParallelUnit(mesh) if mesh.tp.size > 1 else None,
             dist_init_required=False,
         )
+        # the object that keeps flat fp32 partitions; stage 0 in fp32 steps the weights themselves
+        self.flat: Any = None if self.stage == 0 and run.train.precision == "fp32" else self.engine.optimizer
         for router in self.routers:  # DeepSpeed cast every buffer to bf16; biases are fp32, and zero at this point
             if router.expert_bias is not None:
                 router.expert_bias = router.expert_bias.float()
@@ -123,40 +126,53 @@ class ZeroEngine:
 
     def owned(self) -> Iterator[OwnedSlice]:
         """The fp32 master values and Adam moments that this rank owns, as writable views, parameter by parameter."""
+        states = self.engine.optimizer.state if self.flat is None else self.flat.optimizer.state
         for parameter, name in self.names.items():
-            if self.stage == 0:
-                state = self.engine.optimizer.state[parameter]
-                moments = {key: state[key].view(-1) for key in ("exp_avg", "exp_avg_sq", "step") if key in state}
-                yield OwnedSlice(name, 0, parameter.data.view(-1), moments)
-            else:
-                yield from self._owned_partition(parameter, name)
-
-    def _owned_partition(self, parameter: Tensor, name: str) -> Iterator[OwnedSlice]:
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:
-            return
-        address = mapping.get_hp_fragment_address()
-        flat = self.engine.optimizer
-        for partition in flat.single_partition_of_fp32_groups:
-            if partition.data_ptr() <= mapping.hp_fragment.data_ptr() < partition.data_ptr() + 4 * partition.numel():
-                state = flat.optimizer.state.get(partition, {})
+            note = note_of(parameter)
+            first_copy = note.tensor_parallel or self.mesh.tp.rank == 0
+            if self.flat is None:
+                replicas = self.mesh.dp if note.expert and self.by_expert else self.mesh.data
+                moments = {key: value.view(-1) for key, value in states.get(parameter, {}).items()}
+                yield OwnedSlice(name, 0, parameter.data.view(-1), moments, first_copy and replicas.rank == 0)
+            elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
+                address, master = mapping.get_hp_fragment_address(), mapping.hp_fragment
+                flat = next(f for f in self._partitions() if _holds(f, master))
                 part = slice(address.start, address.start + address.numel)
-                moments = {key: state[key][part] for key in ("exp_avg", "exp_avg_sq") if key in state}
-                if "step" in state:
-                    moments["step"] = state["step"].view(-1)
-                yield OwnedSlice(name, mapping.lp_fragment_address.start, mapping.hp_fragment, moments)
+                moments = {key: v.view(-1) if key == "step" else v[part] for key, v in states.get(flat, {}).items()}
+                yield OwnedSlice(name, mapping.lp_fragment_address.start, master.view(-1), moments, first_copy)
+
+    def create_optimizer_states(self) -> None:
+        """AdamW makes its moments on the first step; a checkpoint needs them before."""
+        inner = self.engine.optimizer if self.flat is None else self.flat.optimizer
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                inner.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+    def weights_from_masters(self) -> None:
+        """After the masters were written: the weights that forward reads, on every rank."""
+        if self.flat is not None:
+            self.flat.update_lp_params()
+
+    def _partitions(self) -> list[Tensor]:
+        """DeepSpeed's flat fp32 partitions of this rank: ZeRO 1 and 2, or its bf16 optimizer."""
+        flat = self.flat
+        return getattr(flat, "single_partition_of_fp32_groups", None) or flat.fp32_groups_flat_partition
 
     def _step_replicated(self, bad: list[str]) -> StepOutcome:
         """Stage 0: gradients are whole on every rank; DeepSpeed offers no norm for them, so it is taken here."""
-        squares = {axis: torch.zeros((), dtype=torch.float64) for axis in ("", "tp", "ep", "ep tp")}
+        squares = {axis: torch.zeros((), dtype=torch.float64, device=self.device) for axis in ("", "tp", "ep", "ep tp")}
         for parameter in self.names:
             note, grad = note_of(parameter), parameter.grad
             if grad is not None:
                 cut = " ".join(a for a, is_cut in (("ep", note.expert), ("tp", note.tensor_parallel)) if is_cut)
-                squares[cut] += grad.double().square().sum().cpu()
-        squares["tp"] = sum_(squares["tp"], self.mesh.tp)
-        squares["ep"] = sum_(squares["ep"] + 0, self.mesh.ep)
-        squares["ep tp"] = sum_(sum_(squares["ep tp"], self.mesh.ep), self.mesh.tp)
+                squares[cut] += grad.double().square().sum()
+        for cut in squares:
+            for axis in cut.split():
+                sum_(squares[cut], self.mesh.ep if axis == "ep" else self.mesh.tp)
         norm = float(sum(squares.values()) ** 0.5)  # pyright: ignore[reportArgumentType]
         if not math.isfinite(norm):
             self.engine.optimizer.zero_grad()
@@ -244,6 +260,11 @@ class _ModelParallelUnit:
     get_tensor_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+def _holds(flat: Tensor, part: Tensor) -> bool:
+    """Whether `part` is a view into `flat`."""
+    return 0 <= part.data_ptr() - flat.data_ptr() < flat.numel() * flat.element_size()
 
 
 def _group_of(axis: Axis):

@@ -1,0 +1,1 @@
+"""Training state to disk and back, onto the same layout or another."""

@@ -1,0 +1,27 @@
+"""Exact matrix-product FLOPs of the decoder, per token. A multiply-add is 2 FLOPs; backward costs twice forward.
+
+Counted: q, k, v, o, causal attention at half the square, dense or chosen experts' FFNs, routers, the head. Not counted:
+embedding look-ups, norms, softmax, recomputation (so MFU does not reward it), and the saving of a document mask.
+"""
+
+from moe_engine.config import Model
+
+
+def forward_flops_per_token(config: Model, seq_length: int) -> float:
+    """Matrix-product FLOPs of one token's forward pass in sequences of `seq_length`."""
+    hidden, head_dim = config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    projections = 2 * hidden * head_dim * (2 * heads + 2 * kv_heads)
+    attention = 2 * 2 * heads * head_dim * (seq_length + 1) / 2
+    dense = 6 * hidden * config.intermediate_size
+    experts = config.num_experts_per_tok * 6 * hidden * config.moe_intermediate_size
+    router = 2 * hidden * config.num_local_experts
+    moe_layers = config.num_moe_layers
+    layers = config.num_hidden_layers * (projections + attention)
+    layers += moe_layers * (experts + router) + (config.num_hidden_layers - moe_layers) * dense
+    return layers + 2 * hidden * config.vocab_size
+
+
+def step_flops_per_token(config: Model, seq_length: int) -> float:
+    """Forward and backward of one token: three times forward."""
+    return 3 * forward_flops_per_token(config, seq_length)

@@ -1,0 +1,27 @@
+"""The text of a run: its domains opened for training and evaluation, or the default corpus made on the spot."""
+
+from pathlib import Path
+
+from moe_engine.config import Run
+from moe_engine.data.loader import OpenDomain, open_domains
+from moe_engine.data.prepare import Options, prepare, stdlib_sources
+from moe_engine.data.tokenizer import load_tokenizer
+from moe_engine.errors import DataError
+
+
+def prepare_default_corpus(folder: Path, run: Run) -> None:
+    """The running Python's standard library as tokens under `folder`: real text, nothing to download."""
+    options = Options(eval_fraction=run.data.eval_fraction, on_bad_row="skip")
+    prepare({"stdlib": stdlib_sources()}, folder, run.data.tokenizer, options, quiet=True)
+
+
+def open_corpus(run: Run) -> tuple[list[OpenDomain], list[OpenDomain]]:
+    """Training and held-out domains of a run; its tokenizer, when given, must be the one that made the data."""
+    fingerprint = load_tokenizer(run.data.tokenizer).fingerprint if run.data.tokenizer else None
+    named = [(domain.name, domain.path, domain.weight) for domain in run.data.domains]
+    train = open_domains(named, "train", fingerprint, run.model.vocab_size)
+    try:
+        held_out = open_domains(named, "eval", fingerprint, run.model.vocab_size)
+    except DataError:
+        held_out = []
+    return train, [domain for domain in held_out if domain.dataset.tokens > run.train.seq_length]

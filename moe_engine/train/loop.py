@@ -1,0 +1,164 @@
+"""The pre-training loop: eight rooms in order, then a line and a row.
+
+    batch -> step -> row -> (evaluate) -> (save)        until `steps`, or until five steps in a row were skipped
+
+Everything that a run needs is built here from its own section of `Run`. Every rank executes the same lines; the main
+rank alone writes logs.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_engine.checkpoint.store import find
+from moe_engine.config import Run
+from moe_engine.data.loader import Batch, Loader, OpenDomain, eval_batches
+from moe_engine.errors import EngineError
+from moe_engine.log import Logger
+from moe_engine.model.flops import step_flops_per_token
+from moe_engine.model.transformer import Transformer
+from moe_engine.parallel.mesh import Mesh
+from moe_engine.parallel.weight import initialise
+from moe_engine.train.peak import peak_flops
+from moe_engine.train.schedule import learning_rate
+from moe_engine.train.state import load_state, save_state
+from moe_engine.train.step import StepReport, evaluate, train_step
+from moe_engine.train.zero import ZeroEngine
+
+MAX_SKIPPED = 5  # skipped steps in a row that stop a run
+
+
+class Trainer(NamedTuple):
+    """What one run is made of, on this rank."""
+
+    run: Run
+    mesh: Mesh
+    device: torch.device
+    engine: ZeroEngine
+    loader: Loader
+    held_out: list[OpenDomain]
+    log: Logger
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.run.train.out) / "checkpoints"
+
+
+def build(run: Run, mesh: Mesh, device: torch.device, train: list[OpenDomain], held_out: list[OpenDomain], log: Logger) -> Trainer:
+    """Model, ZeRO engine and loader of a run; collective over all ranks."""
+    with device:
+        model = Transformer(run.model, mesh, run.train.recompute)
+    initialise(model, run.train.seed)
+    torch.manual_seed(run.train.seed + mesh.data.rank)  # router jitter alone draws from it
+    loader = Loader(
+        train,
+        seed=run.train.seed,
+        seq_length=run.train.seq_length,
+        micro_batch=run.train.micro_batch,
+        accumulation=run.train.accumulation,
+        data_rank=mesh.data.rank,
+        data_size=mesh.data.size,
+        document_mask=run.data.document_mask,
+    )
+    return Trainer(run, mesh, device, ZeroEngine(model, run, mesh), loader, held_out, log)
+
+
+def fit(trainer: Trainer) -> None:
+    """Train to the last step, with evaluation and checkpoints on the way. EngineError after five skipped steps in a row."""
+    run, log = trainer.run, trainer.log
+    start = resume(trainer)
+    log.truncate_after(start)
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    peak = peak_flops(trainer.device, dtype)
+    tokens_seen, skipped = start * run.train.global_batch * run.train.seq_length, 0
+    for step in range(start, run.train.steps):
+        began = time.perf_counter()
+        batches = [to_device(batch, trainer.device) for batch in trainer.loader.next_step()]
+        lr = learning_rate(step, run.train.steps, run.optimizer)
+        report = train_step(trainer.engine, run.model, trainer.mesh, batches, lr, len(trainer.loader.domains))
+        seconds = time.perf_counter() - began
+        tokens_seen += run.train.global_batch * run.train.seq_length
+        log.step(row(trainer, step + 1, report, lr, seconds, peak, tokens_seen))
+        skipped = skipped + 1 if report.skipped else 0
+        if report.skipped:
+            log.warn(f"step {step + 1} skipped ({skipped} in a row), {report.skipped}")
+        if skipped == MAX_SKIPPED:
+            raise EngineError(
+                f"{MAX_SKIPPED} steps in a row were skipped, the last because {report.skipped}; the weights are those of step "
+                f"{step + 1 - MAX_SKIPPED}. Lower --lr, look at the data of these steps, or resume from an earlier checkpoint."
+            )
+        last = step + 1 == run.train.steps
+        if (last or (step + 1) % run.train.eval_every == 0) and trainer.held_out:
+            log.eval({"step": step + 1, "loss": held_out_loss(trainer)})
+        if last or (step + 1) % run.train.save_every == 0:
+            save_checkpoint(trainer, step + 1)
+
+
+def row(trainer: Trainer, step: int, report: StepReport, lr: float, seconds: float, peak: float, tokens_seen: int) -> dict[str, Any]:
+    """One row of metrics.jsonl; docs/metrics.md says what each field means."""
+    run = trainer.run
+    tokens = run.train.global_batch * run.train.seq_length
+    flops = tokens * step_flops_per_token(run.model, run.train.seq_length)
+    domains = dict(zip(trainer.loader.domains, report.domain_loss_D.tolist(), strict=True))
+    return {
+        "step": step,
+        "loss": report.loss,
+        "lm_loss": report.lm_loss,
+        "aux_loss": report.aux_loss,
+        "aux_loss_hf": report.aux_loss_hf,
+        "z_loss": report.z_loss,
+        "grad_norm": report.grad_norm,
+        "lr": lr,
+        "tokens": tokens_seen,
+        "labelled_tokens": report.tokens,
+        "tokens_per_s": tokens / seconds,
+        "mfu": flops / seconds / (peak * trainer.mesh.world.size),
+        "step_s": seconds,
+        "skipped": report.skipped is not None,
+        "domain_loss": {name: loss for name, loss in domains.items() if not math.isnan(loss)},
+        "moe_layers": [i for i in range(run.model.num_hidden_layers) if run.model.is_moe(i)],
+        "expert_load": report.load_NE.tolist(),
+        "dropped": [int(n) for n in report.dropped_N.tolist()],
+    }
+
+
+def resume(trainer: Trainer) -> int:
+    """Continue from the checkpoint that the run asks for; returns the number of steps already done."""
+    wanted = trainer.run.train.resume
+    folder = find(wanted, trainer.checkpoints) if wanted else None
+    if folder is None:
+        return 0
+    manifest = load_state(trainer.engine, trainer.mesh, folder)
+    trainer.loader.load_state(manifest["data"])
+    trainer.log.info(f"resumed from {folder}: {manifest['step']} steps done")
+    return int(manifest["step"])
+
+
+def save_checkpoint(trainer: Trainer, step: int) -> None:
+    """Write the checkpoint of `step`; collective."""
+    manifest = {"data": trainer.loader.state(), "run": trainer.run.model_dump(mode="json")}
+    folder = save_state(trainer.engine, trainer.mesh, trainer.checkpoints, step, manifest)
+    trainer.log.info(f"saved {folder}")
+
+
+def held_out_loss(trainer: Trainer) -> float:
+    """Mean loss per token of the first `eval_batches` held-out batches, in nats; collective."""
+    train = trainer.run.train
+    batches = eval_batches(
+        trainer.held_out,
+        seq_length=train.seq_length,
+        micro_batch=train.micro_batch,
+        data_rank=trainer.mesh.data.rank,
+        data_size=trainer.mesh.data.size,
+        document_mask=trainer.run.data.document_mask,
+        limit=train.eval_batches,
+    )
+    return evaluate(trainer.engine, trainer.mesh, (to_device(batch, trainer.device) for batch in batches))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch on `device`."""
+    return Batch(*(field.to(device, non_blocking=True) for field in batch))
