@@ -1,44 +1,51 @@
 // grouped_mm on CPU. See moe_engine/ops/grouped_mm.
 //
-// Where oneDNN has small-matrix kernels (AVX-512, for bf16 with AVX512-BF16), the work is cut into tasks (expert, block of
-// output columns or rows), which the threads take in order. A task packs its part of the weight, or of the rows whose
-// products it sums, once; then the kernel runs over blocks of rows. Blocks are padded to a few fixed sizes, because oneDNN
-// compiles a kernel for each new size and experts have a different number of rows at each step.
-// Elsewhere each expert is one at::mm.
+// In general each expert is one at::mm. For bf16 where oneDNN has kernels for small matrices (AVX512-BF16, AMX), what limits
+// at::mm is the copying around them, so we call the kernels ourselves. The threads take tasks (expert, block of the
+// weight) in order; a weight is read once, activations are packed once.
 //
-// A panel is packed in 32-bit words along the summed dim: one fp32, or two bf16 that are neighbours in it.
+//   forward  y.T = w x.T     w is read where it lies, x.T is packed, y.T is turned on the way out
+//   dx       dx = dy w       dy is read where it lies, the task packs its columns of w
+//   dw       dw = dy.T x     both are packed
+//
+// An expert's rows are cut into blocks padded to a few fixed sizes: oneDNN compiles a kernel for each new size, and experts
+// have a different number of rows at each step. A panel, the kernel's right operand, is packed in words: two numbers
+// that are neighbours in the summed dim.
 #include "simd.h"
 
 #include <ATen/native/CPUBlas.h>
 
 #include <atomic>
-#include <type_traits>
+#include <memory>
 #include <vector>
 
 namespace moe_engine {
 namespace {
 
 using at::Tensor;
-constexpr int64_t kPanel = 64;    // columns of a packed panel
-constexpr int64_t kRows = 128;    // rows of one kernel call
-constexpr int64_t kGroup = 512;   // rows that share a packed panel
-constexpr int64_t kDepth = 1024;  // summed elements in a packed panel
-constexpr int64_t kTall = 256;    // rows of a task of dw
+constexpr int64_t kPanel = 64;   // columns of a panel
+constexpr int64_t kDepth = 1024; // summed elements of one kernel call
+constexpr int64_t kTall = 128;   // rows of one kernel call
+constexpr int64_t kWide = 256;   // columns of a task of dx
+constexpr int64_t kFlat = 64;    // rows of a task of dw
+constexpr int64_t kSpan = 2048;  // columns that a task of dw holds in fp32
+constexpr int64_t kChunk = 256;  // rows of an expert that dw sums in one kernel call
 
-typedef uint32_t Vec __attribute__((vector_size(64)));
+typedef uint32_t Vector __attribute__((vector_size(64)));
 typedef uint32_t Loose __attribute__((vector_size(64), aligned(2), may_alias));
 typedef uint32_t Word __attribute__((aligned(2), may_alias));
 
+// Exchange the off-diagonal step x step blocks of a 16 x 16 matrix of 2 step x 2 step blocks.
 template <int step>
-INLINE void exchange(Vec* v) {
-  Vec low, high;
+INLINE void exchange(Vector* v) {
+  Vector low, high;
   for (int j = 0; j < 16; j++) {
     low[j] = j & step ? 16 + j - step : j;
     high[j] = j & step ? 16 + j : j + step;
   }
   for (int i = 0; i < 16; i++) {
     if (i & step) continue;
-    Vec a = v[i], b = v[i + step];
+    Vector a = v[i], b = v[i + step];
     v[i] = __builtin_shuffle(a, b, low);
     v[i + step] = __builtin_shuffle(a, b, high);
   }
@@ -49,7 +56,7 @@ MULTIVERSION void transpose(const Word* from, int64_t ld_from, Word* to, int64_t
   int64_t full_rows = rows / 16 * 16, full_columns = columns / 16 * 16;
   for (int64_t r = 0; r < full_rows; r += 16) {
     for (int64_t c = 0; c < full_columns; c += 16) {
-      Vec v[16];
+      Vector v[16];
       for (int i = 0; i < 16; i++) v[i] = *reinterpret_cast<const Loose*>(from + (r + i) * ld_from + c);
       exchange<8>(v);
       exchange<4>(v);
@@ -63,200 +70,259 @@ MULTIVERSION void transpose(const Word* from, int64_t ld_from, Word* to, int64_t
   }
 }
 
-// to[r/2][c] = the pair from[r][c], from[r+1][c]; rows up to padded are 0
-MULTIVERSION void pack_rows(
-    const uint16_t* from, int64_t ld_from, Word* to, int64_t ld_to, int64_t rows, int64_t padded, int64_t columns) {
+// to[c] = the pair first[c], second[c]
+MULTIVERSION void pair_up(const Bits* first, const Bits* second, Word* to, int64_t count) {
+  for (int64_t c = 0; c < count; c++) to[c] = first[c] | static_cast<uint32_t>(second[c]) << 16;
+}
+
+// to[r/2][c] = the pair from[r][c], from[r+1][c]; rows from `rows` to `padded`, even, are 0
+void pack_rows(const Bits* from, int64_t ld_from, Word* to, int64_t ld_to, int64_t rows, int64_t padded, int64_t columns) {
   for (int64_t r = 0; r < padded; r += 2, to += ld_to, from += 2 * ld_from) {
     if (r + 1 < rows) {
-      for (int64_t c = 0; c < columns; c++) to[c] = from[c] | static_cast<uint32_t>(from[c + ld_from]) << 16;
+      pair_up(from, from + ld_from, to, columns);
     } else if (r < rows) {
       for (int64_t c = 0; c < columns; c++) to[c] = from[c];
     } else {
-      std::memset(to, 0, columns * 4);
+      std::memset(to, 0, columns * sizeof(uint32_t));
     }
   }
 }
 
-void pack_rows(
-    const float* from, int64_t ld_from, Word* to, int64_t ld_to, int64_t rows, int64_t padded, int64_t columns) {
-  for (int64_t r = 0; r < rows; r++) std::memcpy(to + r * ld_to, from + r * ld_from, columns * 4);
-  for (int64_t r = rows; r < padded; r++) std::memset(to + r * ld_to, 0, columns * 4);
+MULTIVERSION void store(const float* from, Bits* to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) narrow(from[i], to[i]);
 }
 
-MULTIVERSION void store(const float* from, uint16_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) to[i] = narrow(from[i]);
+// Ask for a block of memory that the kernel will read in an order that the processor does not foresee.
+void prefetch(const Bits* from, int64_t ld, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t c = 0; c < columns; c += 32) __builtin_prefetch(from + r * ld + c, 0, 2);
+  }
 }
 
-void store(const float* from, float* to, int64_t count) { std::memcpy(to, from, count * 4); }
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-void multiply(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldc, bool add, const void* a, const Word* b, float* c,
-              const float*) {
-  at::native::cpublas::brgemm(m, n, k, lda, kPanel, ldc, add, static_cast<const float*>(a),
-                              reinterpret_cast<const float*>(b), c, false);
+// c[m][n] (+)= a[m][k] @ panel[k/2][n]
+void multiply(int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, const uint32_t* panel, int64_t ld_panel,
+              float* c, int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, ld_panel, ldc, add, static_cast<const at::BFloat16*>(a),
+                              reinterpret_cast<const at::BFloat16*>(panel), c, true);
 }
 
-void multiply(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldc, bool add, const void* a, const Word* b, float* c,
-              const uint16_t*) {
-  at::native::cpublas::brgemm(m, n, k, lda, kPanel, ldc, add, static_cast<const at::BFloat16*>(a),
-                              reinterpret_cast<const at::BFloat16*>(b), c, true);
+int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
+int64_t round_up(int64_t size, int64_t multiple) { return blocks_of(size, multiple) * multiple; }
+
+template <typename T>
+std::unique_ptr<T[]> buffer(int64_t size) {
+  return std::unique_ptr<T[]>(new T[size]);
 }
 
-// The rows of each expert, and what the tasks need to know of the operands.
+// Consecutive rows of one expert, padded to a fixed size; `offset` counts the padded rows before them.
+struct Block {
+  int64_t row, rows, padded, offset;
+};
+
+// Where each expert's rows lie, and their blocks of at most `largest` rows, padded to a multiple of `multiple`.
 struct Groups {
-  std::vector<int64_t> start;
-  explicit Groups(const Tensor& counts, int64_t rows) : start(1, 0) {
-    Tensor contiguous = counts.contiguous();
-    for (int64_t e = 0; e < counts.numel(); e++) start.push_back(start.back() + contiguous.const_data_ptr<int32_t>()[e]);
+  std::vector<int64_t> start{0}, first_block{0};
+  std::vector<Block> blocks;
+  int64_t padded = 0;
+
+  Groups(const Tensor& counts_, int64_t rows, int64_t largest, int64_t multiple) {
+    Tensor counts = counts_.contiguous();
+    for (int64_t e = 0; e < counts.numel(); e++) {
+      TORCH_CHECK_VALUE(data<int32_t>(counts)[e] >= 0, "found a negative count of rows, expected 0 or more");
+      start.push_back(start.back() + data<int32_t>(counts)[e]);
+      for (int64_t row = start[e]; row < start[e + 1]; row += largest) {
+        int64_t size = std::min(largest, start[e + 1] - row);
+        blocks.push_back({row, size, round_up(size, multiple), padded});
+        padded += round_up(size, multiple);
+      }
+      first_block.push_back(blocks.size());
+    }
     TORCH_CHECK_VALUE(start.back() <= rows, "found counts that sum to ", start.back(), ", expected at most ", rows,
                       ", the number of rows");
   }
-  int64_t experts() const { return start.size() - 1; }
+  int64_t experts() const { return first_block.size() - 1; }
   int64_t rows(int64_t e) const { return start[e + 1] - start[e]; }
 };
 
-// Scratch of one thread.
-template <typename T>
-struct Scratch {
-  std::vector<uint32_t> a, b;
-  std::vector<float> c;
-};
-
-// out[rows of e][columns c0 ..] = a[rows of e] @ b, where b = w[e].T (`across`) or w[e].
-template <typename T>
-struct Rows {
-  const T *a, *w;
-  T* out;
-  int64_t total, depth, width;
-  bool across;
-  const Groups& groups;
-  static constexpr int64_t per_word = 4 / sizeof(T);
-
-  int64_t blocks() const { return (width + kPanel - 1) / kPanel; }
-
-  void run(int64_t task, Scratch<T>& scratch) const {
-    int64_t e = task / blocks(), c0 = task % blocks() * kPanel, columns = std::min(kPanel, width - c0);
-    scratch.b.resize(kDepth / per_word * kPanel);
-    scratch.c.resize(kGroup * kPanel);
-    for (int64_t r0 = groups.start[e]; r0 < groups.start[e + 1]; r0 += kGroup) {
-      int64_t rows = std::min(kGroup, groups.start[e + 1] - r0);
-      for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
-        int64_t k = std::min(kDepth, depth - k0);
-        pack(e, c0, columns, k0, k, scratch.b.data());
-        for (int64_t r = 0; r < rows; r += kRows) {
-          int64_t padded = round_up(std::min(kRows, rows - r), 16);
-          const T* block = a + (r0 + r) * depth + k0;
-          int64_t ld = depth;
-          if (r0 + r + padded > total) {
-            scratch.a.assign(padded * k / per_word, 0);
-            T* copy = reinterpret_cast<T*>(scratch.a.data());
-            for (int64_t i = 0; i < rows - r; i++) std::memcpy(copy + i * k, block + i * depth, k * sizeof(T));
-            block = copy;
-            ld = k;
-          }
-          multiply(padded, columns, k, ld, kPanel, k0 > 0, block, scratch.b.data(), scratch.c.data() + r * kPanel, (T*)0);
-        }
-      }
-      for (int64_t r = 0; r < rows; r++) store(scratch.c.data() + r * kPanel, out + (r0 + r) * width + c0, columns);
-    }
-  }
-
-  void pack(int64_t e, int64_t c0, int64_t columns, int64_t k0, int64_t k, uint32_t* to) const {
-    const T* from = w + e * depth * width;
-    if (across) {
-      transpose(reinterpret_cast<const Word*>(from + c0 * depth + k0), depth / per_word, to, kPanel, columns, k / per_word);
-    } else {
-      pack_rows(from + k0 * width + c0, width, to, kPanel, k, k, columns);
-    }
-  }
-};
-
-// dw[e][n0 ..][k] = sum over the rows r of e of grad[r][n0 ..] * x[r][k]
-template <typename T>
-struct Weight {
-  const T *grad, *x;
-  T* dw;
-  int64_t n, k;
-  const Groups& groups;
-  static constexpr int64_t per_word = 4 / sizeof(T);
-
-  int64_t blocks() const { return (n + kTall - 1) / kTall * ((k + kGroup - 1) / kGroup); }
-
-  void run(int64_t task, Scratch<T>& scratch) const {
-    int64_t e = task / blocks(), across = (k + kGroup - 1) / kGroup;
-    int64_t n0 = task % blocks() / across * kTall, k0 = task % across * kGroup;
-    int64_t tall = std::min(kTall, n - n0), wide = std::min(kGroup, k - k0);
-    T* out = dw + (e * n + n0) * k + k0;
-    if (groups.rows(e) == 0) {
-      for (int64_t i = 0; i < tall; i++) std::memset(out + i * k, 0, wide * sizeof(T));
-      return;
-    }
-    scratch.a.resize(2 * kTall * kTall / per_word);
-    scratch.b.resize(kDepth / per_word * kPanel);
-    scratch.c.resize(kTall * kGroup);
-    uint32_t* pairs = scratch.a.data() + kTall * kTall / per_word;
-    for (int64_t r0 = groups.start[e]; r0 < groups.start[e + 1]; r0 += kTall) {
-      int64_t rows = std::min(kTall, groups.start[e + 1] - r0), padded = round_up(rows, 16 * per_word);
-      pack_rows(grad + r0 * n + n0, n, pairs, tall, rows, padded, tall);
-      transpose(pairs, tall, scratch.a.data(), padded / per_word, padded / per_word, tall);
-      for (int64_t c = 0; c < wide; c += kPanel) {
-        int64_t columns = std::min(kPanel, wide - c);
-        pack_rows(x + r0 * k + k0 + c, k, scratch.b.data(), kPanel, rows, padded, columns);
-        multiply(tall, columns, padded, padded, kGroup, r0 > groups.start[e], scratch.a.data(), scratch.b.data(),
-                 scratch.c.data() + c, (T*)0);
-      }
-    }
-    for (int64_t i = 0; i < tall; i++) store(scratch.c.data() + i * kGroup, out + i * k, wide);
-  }
-};
-
-template <typename T, typename Work>
-void share(const Work& work, int64_t experts) {
+// Run task(i) for each i < count; a thread takes the next one when it is done.
+template <typename Task>
+void share(int64_t count, const Task& task) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    Scratch<T> scratch;
-    for (int64_t task; (task = next++) < experts * work.blocks();) work.run(task, scratch);
-    at::native::cpublas::brgemm_release(sizeof(T) == 2);
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next++) < count;) task(i);
+    at::native::cpublas::brgemm_release(true);
   });
 }
 
-Tensor rows_times_weight(const Tensor& a_, const Tensor& w_, const Tensor& counts, bool across) {
-  Tensor a = a_.contiguous(), w = w_.contiguous();
-  Groups groups(counts, a.size(0));
-  int64_t width = across ? w.size(1) : w.size(2);
-  Tensor out = empty({a.size(0), width}, a.options());
-  out.slice(0, groups.start.back()).zero_();
-  if (a.scalar_type() == at::kBFloat16) {
-    using T = uint16_t;
-    Rows<T> work{(const T*)a.const_data_ptr(), (const T*)w.const_data_ptr(), (T*)out.data_ptr(), a.size(0), a.size(1), width, across, groups};
-    share<T>(work, groups.experts());
-  } else {
-    using T = float;
-    Rows<T> work{(const T*)a.const_data_ptr(), (const T*)w.const_data_ptr(), (T*)out.data_ptr(), a.size(0), a.size(1), width, across, groups};
-    share<T>(work, groups.experts());
-  }
-  return out;
+void forward(const Bits* x, const Bits* w, Bits* y, int64_t n, int64_t k, const Groups& groups) {
+  int64_t depth = k / 2, tasks = blocks_of(n, kTall);
+  auto packed = buffer<uint32_t>(groups.padded * depth);
+  share(groups.blocks.size(), [&](int64_t i) {
+    const Block& b = groups.blocks[i];
+    transpose(reinterpret_cast<const Word*>(x + b.row * k), depth, packed.get() + b.offset * depth, b.padded, b.rows, depth);
+  });
+  share(groups.experts() * tasks, [&](int64_t task) {
+    int64_t e = task / tasks, n0 = task % tasks * kTall, tall = std::min(kTall, n - n0);
+    if (groups.rows(e) == 0) return;
+    const Bits* rows = w + (e * n + n0) * k;
+    prefetch(rows, k, tall, k);
+    alignas(64) float c[kTall * kPanel], turned[kTall * kPanel];
+    for (int64_t i = groups.first_block[e]; i < groups.first_block[e + 1]; i++) {
+      const Block& b = groups.blocks[i];
+      for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
+        multiply(tall, b.padded, std::min(kDepth, k - k0), rows + k0, k,
+                 packed.get() + b.offset * depth + k0 / 2 * b.padded, b.padded, c, b.padded, k0 > 0);
+      }
+      transpose(reinterpret_cast<Word*>(c), b.padded, reinterpret_cast<Word*>(turned), kTall, tall, b.padded);
+      for (int64_t r = 0; r < b.rows; r++) store(turned + r * kTall, y + (b.row + r) * n + n0, tall);
+    }
+  });
 }
 
-Tensor grouped_mm(const Tensor& x, const Tensor& w, const Tensor& counts) { return rows_times_weight(x, w, counts, true); }
+// The rows of a block for the kernel to read: in place, or, where the padding would pass the end of the tensor, a copy.
+std::pair<const Bits*, int64_t> left_operand(const Bits* rows, int64_t ld, const Block& b, int64_t depth, int64_t total,
+                                             std::unique_ptr<Bits[]>& copy) {
+  if (b.row + b.padded <= total) return {rows, ld};
+  copy.reset(new Bits[b.padded * depth]());
+  for (int64_t r = 0; r < b.rows; r++) std::memcpy(copy.get() + r * depth, rows + r * ld, depth * sizeof(Bits));
+  return {copy.get(), depth};
+}
 
-Tensor grouped_mm_dx(const Tensor& grad, const Tensor& w, const Tensor& counts) {
-  return rows_times_weight(grad, w, counts, false);
+void backward_x(const Bits* grad, const Bits* w, Bits* dx, int64_t total, int64_t n, int64_t k, const Groups& groups) {
+  int64_t tasks = blocks_of(k, kWide);
+  share(groups.experts() * tasks, [&](int64_t task) {
+    int64_t e = task / tasks, k0 = task % tasks * kWide, wide = std::min(kWide, k - k0), first = groups.start[e];
+    if (groups.rows(e) == 0) return;
+    auto panel = buffer<uint32_t>(kDepth / 2 * kWide);
+    auto c = buffer<float>(round_up(groups.rows(e), 16) * kWide);
+    std::unique_ptr<Bits[]> copy;
+    for (int64_t n0 = 0; n0 < n; n0 += kDepth) {
+      int64_t depth = std::min(kDepth, n - n0);
+      for (int64_t d = 0; d < depth; d += kPanel) {
+        const Bits* rows = w + (e * n + n0 + d) * k + k0;
+        int64_t some = std::min(kPanel, depth - d);
+        prefetch(rows, k, some, wide);
+        for (int64_t p = 0; p < wide; p += kPanel) {
+          pack_rows(rows + p, k, panel.get() + (p * depth + d * kPanel) / 2, kPanel, some, some, std::min(kPanel, wide - p));
+        }
+      }
+      for (int64_t i = groups.first_block[e]; i < groups.first_block[e + 1]; i++) {
+        const Block& b = groups.blocks[i];
+        auto [a, lda] = left_operand(grad + b.row * n + n0, n, b, depth, total, copy);
+        prefetch(a, lda, b.padded, depth);
+        for (int64_t p = 0; p < wide; p += kPanel) {
+          multiply(b.padded, std::min(kPanel, wide - p), depth, a, lda, panel.get() + p * depth / 2, kPanel,
+                   c.get() + (b.row - first) * kWide + p, kWide, n0 > 0);
+        }
+      }
+    }
+    for (int64_t r = 0; r < groups.rows(e); r++) store(c.get() + r * kWide, dx + (first + r) * k + k0, wide);
+  });
+}
+
+void backward_w(const Bits* grad, const Bits* x, Bits* dw, int64_t n, int64_t k, const Groups& groups) {
+  int64_t tasks = blocks_of(n, kFlat), ld_x = round_up(k, kPanel), span = std::min(kSpan, ld_x);
+  auto grads = buffer<uint32_t>(groups.padded / 2 * n), xs = buffer<uint32_t>(groups.padded / 2 * ld_x);
+  share(groups.blocks.size(), [&](int64_t i) {
+    const Block& b = groups.blocks[i];
+    int64_t depth = b.padded / 2;
+    auto pairs = buffer<uint32_t>(depth * n);
+    pack_rows(grad + b.row * n, n, pairs.get(), n, b.rows, b.padded, n);
+    transpose(pairs.get(), n, grads.get() + b.offset / 2 * n, depth, depth, n);
+    for (int64_t k0 = 0; k0 < k; k0 += kPanel) {
+      pack_rows(x + b.row * k + k0, k, xs.get() + b.offset / 2 * ld_x + k0 * depth, kPanel, b.rows, b.padded,
+                std::min(kPanel, k - k0));
+    }
+  });
+  share(groups.experts() * tasks, [&](int64_t task) {
+    int64_t e = task / tasks, n0 = task % tasks * kFlat, flat = std::min(kFlat, n - n0);
+    Bits* out = dw + (e * n + n0) * k;
+    if (groups.rows(e) == 0) {
+      std::memset(out, 0, flat * k * sizeof(Bits));
+      return;
+    }
+    auto c = buffer<float>(flat * span);
+    for (int64_t s0 = 0; s0 < k; s0 += span) {
+      int64_t s1 = std::min(k, s0 + span);
+      for (int64_t k0 = s0; k0 < s1; k0 += kPanel) {
+        for (int64_t i = groups.first_block[e]; i < groups.first_block[e + 1]; i++) {
+          const Block& b = groups.blocks[i];
+          multiply(flat, std::min(kPanel, s1 - k0), b.padded, grads.get() + (b.offset * n + n0 * b.padded) / 2, b.padded,
+                   xs.get() + (b.offset * ld_x + k0 * b.padded) / 2, kPanel, c.get() + k0 - s0, span,
+                   i > groups.first_block[e]);
+        }
+      }
+      for (int64_t r = 0; r < flat; r++) store(c.get() + r * span, out + r * k + s0, s1 - s0);
+    }
+  });
+}
+
+// Whether oneDNN has a kernel that multiplies bf16 pairs on this machine: it refuses when one is asked for.
+bool kernels_exist() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
+  try {
+    alignas(64) Bits a[16 * 32] = {};
+    alignas(64) uint32_t panel[16 * 16] = {};
+    alignas(64) float c[16 * 16];
+    multiply(16, 16, 32, a, 32, panel, 16, c, 16, false);
+    at::native::cpublas::brgemm_release(true);
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+#else
+  return false;
+#endif
+}
+
+bool use_kernels(const Tensor& a, int64_t n, int64_t k) {
+  static const bool exist = kernels_exist();
+  return exist && a.scalar_type() == at::kBFloat16 && n % 2 == 0 && k % 2 == 0 && n > 0 && k > 0;
+}
+
+Tensor grouped_mm(const Tensor& x_, const Tensor& w_, const Tensor& counts) {
+  Tensor x = x_.contiguous(), w = w_.contiguous(), y = empty({x.size(0), w.size(1)}, x.options());
+  Groups groups(counts, x.size(0), kPanel, 16);
+  y.slice(0, groups.start.back()).zero_();
+  if (use_kernels(x, w.size(1), w.size(2))) {
+    forward(data<Bits>(x), data<Bits>(w), output<Bits>(y), w.size(1), w.size(2), groups);
+    return y;
+  }
+  for (int64_t e = 0; e < groups.experts(); e++) {
+    Tensor out = y.narrow(0, groups.start[e], groups.rows(e));
+    if (groups.rows(e)) at::mm_out(out, x.narrow(0, groups.start[e], groups.rows(e)), w.select(0, e).t());
+  }
+  return y;
+}
+
+Tensor grouped_mm_dx(const Tensor& grad_, const Tensor& w_, const Tensor& counts) {
+  Tensor grad = grad_.contiguous(), w = w_.contiguous(), dx = empty({grad.size(0), w.size(2)}, grad.options());
+  Groups groups(counts, grad.size(0), kTall, 16);
+  dx.slice(0, groups.start.back()).zero_();
+  if (use_kernels(grad, w.size(1), w.size(2))) {
+    backward_x(data<Bits>(grad), data<Bits>(w), output<Bits>(dx), grad.size(0), w.size(1), w.size(2), groups);
+    return dx;
+  }
+  for (int64_t e = 0; e < groups.experts(); e++) {
+    Tensor out = dx.narrow(0, groups.start[e], groups.rows(e));
+    if (groups.rows(e)) at::mm_out(out, grad.narrow(0, groups.start[e], groups.rows(e)), w.select(0, e));
+  }
+  return dx;
 }
 
 Tensor grouped_mm_dw(const Tensor& grad_, const Tensor& x_, const Tensor& counts) {
   Tensor grad = grad_.contiguous(), x = x_.contiguous();
-  Groups groups(counts, x.size(0));
   Tensor dw = empty({counts.numel(), grad.size(1), x.size(1)}, x.options());
-  if (x.scalar_type() == at::kBFloat16) {
-    using T = uint16_t;
-    Weight<T> work{(const T*)grad.const_data_ptr(), (const T*)x.const_data_ptr(), (T*)dw.data_ptr(), grad.size(1), x.size(1), groups};
-    share<T>(work, groups.experts());
-  } else {
-    using T = float;
-    Weight<T> work{(const T*)grad.const_data_ptr(), (const T*)x.const_data_ptr(), (T*)dw.data_ptr(), grad.size(1), x.size(1), groups};
-    share<T>(work, groups.experts());
+  Groups groups(counts, x.size(0), kChunk, 32);
+  if (use_kernels(x, grad.size(1), x.size(1))) {
+    backward_w(data<Bits>(grad), data<Bits>(x), output<Bits>(dw), grad.size(1), x.size(1), groups);
+    return dw;
+  }
+  for (int64_t e = 0; e < groups.experts(); e++) {
+    Tensor out = dw.select(0, e), rows = grad.narrow(0, groups.start[e], groups.rows(e));
+    if (groups.rows(e)) at::mm_out(out, rows.t(), x.narrow(0, groups.start[e], groups.rows(e)));
+    else out.zero_();
   }
   return dw;
 }

@@ -17,7 +17,11 @@
 #endif
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define MULTIVERSION __attribute__((target_clones("default", "avx2", "avx512f")))
+#endif
 #else
 #define MULTIVERSION
 #endif
@@ -25,24 +29,32 @@
 
 namespace moe_engine {
 
-INLINE float widen(uint16_t bf16) {
+using Bits = uint16_t;  // a bf16 number
+
+INLINE float widen(float value) { return value; }
+INLINE double widen(double value) { return value; }
+INLINE float widen(Bits bf16) {
   uint32_t bits = static_cast<uint32_t>(bf16) << 16;
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
 }
 
-// Round to nearest even; NaN stays NaN.
-INLINE uint16_t narrow(float value) {
+// The nearest value of the output's dtype, ties to even; NaN stays NaN.
+INLINE void narrow(float value, float& out) { out = value; }
+INLINE void narrow(double value, double& out) { out = value; }
+INLINE void narrow(float value, Bits& out) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return value != value ? 0x7fc0 : rounded;
+  uint32_t chosen = value != value ? 0x7fc0 : rounded;
+  out = static_cast<Bits>(chosen);
 }
 
 // exp with a relative error of 2e-7 (degree 6 on [-ln2/2, ln2/2]): 0 below -87.3, finite above 88.3, NaN for NaN.
 INLINE float fast_exp(float x) {
   float bounded = x > 88.3f ? 88.3f : x;
+  bounded = bounded < -87.3f ? -87.3f : bounded;
   float n = (bounded * 1.44269504f + 12582912.f) - 12582912.f;
   float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -57,16 +69,39 @@ INLINE float fast_exp(float x) {
   std::memcpy(&scale, &exponent, 4);
   return x < -87.3f ? 0.f : p * scale;
 }
+INLINE double fast_exp(double x) { return std::exp(x); }
 
-// An uninitialised tensor. Large ones ask for huge pages: the first touch of a fresh output costs as much as filling it.
+// fp32 for fp32 and bf16, fp64 for fp64: what a kernel computes in.
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Call function(a value of the C++ type of dtype); bf16 arrives as Bits.
+template <typename Function>
+void by_dtype(at::ScalarType dtype, const char* name, const Function& function) {
+  if (dtype == at::kFloat) return function(float());
+  if (dtype == at::kBFloat16) return function(Bits());
+  if (dtype == at::kDouble) return function(double());
+  TORCH_CHECK_VALUE(false, name, ": found ", dtype, ", expected float32, bfloat16 or float64");
+}
+
+template <typename T>
+const T* data(const at::Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* output(const at::Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// An uninitialised tensor. Large ones ask for huge pages: the first touch of fresh small ones costs more than filling them.
 inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor out = at::empty(sizes, options);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 4096;
-  if (out.nbytes() >= 4 * 1024 * 1024) {
-    uintptr_t first = (reinterpret_cast<uintptr_t>(out.data_ptr()) + page - 1) & ~(page - 1);
-    uintptr_t last = (reinterpret_cast<uintptr_t>(out.data_ptr()) + out.nbytes()) & ~(page - 1);
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  constexpr uintptr_t page = 4096, large = 4 * 1024 * 1024;
+  if (out.nbytes() >= large) {
+    uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr()), first = (begin + page - 1) & ~(page - 1);
+    madvise(reinterpret_cast<void*>(first), ((begin + out.nbytes()) & ~(page - 1)) - first, MADV_HUGEPAGE);
   }
 #endif
   return out;

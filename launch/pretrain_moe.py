@@ -56,6 +56,7 @@ def pretrain(loaded: Loaded, rank: int) -> None:
         log.info(*loaded.derived)
         for warning in loaded.warnings:
             log.warn(warning)
+        from moe_engine.parallel.collectives import barrier
         from moe_engine.train.corpus import open_corpus, prepare_default_corpus
         from moe_engine.train.loop import build, fit
         from moe_engine.train.summary import write_summary
@@ -66,8 +67,10 @@ def pretrain(loaded: Loaded, rank: int) -> None:
             folder = out / "data"
             if rank == 0:
                 prepare_default_corpus(folder, run)
-            barrier()
-            run = run.model_copy(update={"data": run.data.model_copy(update={"domains": (Domain(name="stdlib", path=str(folder)),)})})
+            barrier(mesh.world)
+            run = run.model_copy(
+                update={"data": run.data.model_copy(update={"domains": (Domain(name="stdlib", path=str(folder)),)})}
+            )
         train, held_out = open_corpus(run)
         trainer = build(run, mesh, device, train, held_out, log)
         fit(trainer)
@@ -105,12 +108,6 @@ def start_ranks(run: Run):
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device, build_mesh(run.parallel.dp, run.parallel.ep, run.parallel.tp)
-
-
-def barrier() -> None:
-    import torch.distributed as dist
-
-    dist.barrier()
 
 
 def stop_ranks() -> None:

@@ -25,7 +25,7 @@ AuxLoss = Literal["micro_batch", "sequence", "global_batch", "hf_mixtral", "laye
 
 
 class Section(BaseModel):
-    """Base of the sections: frozen, extra keys refused, no NaN or infinity, no boolean read as a number, 5e7 is whole."""
+    """Base of the sections: frozen, extra keys refused, no NaN, no boolean for a number; 5e7 is a whole number."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True, protected_namespaces=()
@@ -46,7 +46,7 @@ class Section(BaseModel):
         if isinstance(value, bool) and kind is not bool:
             raise ValueError("expected no boolean")
         if kind is int and isinstance(value, str) and "e" in value.lower() and is_number(value):
-            return float(value)  # 5e7 is a whole number; 1.5e0 is refused by the field
+            return float(value)  # the field takes a whole float and refuses 1.5e0
         return value
 
 
@@ -115,12 +115,12 @@ class Model(Section):
         heads, groups, experts = self.num_attention_heads, self.num_key_value_heads, self.num_local_experts
         problems = []
         if "head_dim" not in self.model_fields_set and self.hidden_size % heads:
-            problems.append(f"num_attention_heads {heads} does not divide hidden_size {self.hidden_size}: give head_dim")
+            problems.append(f"num_attention_heads {heads} does not divide hidden_size {self.hidden_size}: add head_dim")
         elif self.head_dim % 2:
             problems.append(f"head_dim {self.head_dim} is odd: rotary embeddings need an even one")
         if heads % groups:
             valid = ", ".join(map(str, divisors(heads)))
-            problems.append(f"num_key_value_heads {groups} does not divide num_attention_heads {heads}: valid are {valid}")
+            problems.append(f"num_key_value_heads {groups} does not divide {heads} attention heads: valid are {valid}")
         if experts and self.num_experts_per_tok > experts:
             problems.append(
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than num_local_experts {experts}: "

@@ -78,14 +78,14 @@ def build_parser(prog: str | None = None, description: str | None = None) -> Par
     presets = ", ".join(preset_names())
     parser.add_argument("--model", metavar="NAME|PATH", help=f"preset ({presets}), YAML file or HF config.json")
     parser.add_argument(
-        "--data", metavar="[NAME=]PATH[:WEIGHT]", action="append", help="prepared folder, may be repeated to mix domains"
+        "--data", metavar="[NAME=]PATH[:WEIGHT]", action="append", help="prepared folder; repeat to mix domains"
     )
     for flag, (_, placeholder, text) in FLAGS.items():
         if placeholder:
             parser.add_argument(flag, metavar=placeholder, help=text)
         else:
             parser.add_argument(flag, action="store_true", help=text)
-    parser.add_argument("--deepspeed", metavar="FILE.json", help="DeepSpeed JSON; may not contradict the other settings")
+    parser.add_argument("--deepspeed", metavar="FILE.json", help="DeepSpeed JSON; must agree with the rest")
     parser.add_argument("--set", metavar="SECTION.KEY=VALUE", action="append", help="any setting, VALUE as in YAML")
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print sizes and shapes, and exit")
@@ -111,8 +111,9 @@ def load(argv: list[str], world_size: int | None, parser: Parser | None = None) 
     unnamed = origin.pop("model.preset", None) is None
     base = read_base(values, problems)
     notes = read_json(flags["deepspeed"], values, origin, base or {}, problems) if "deepspeed" in flags else []
-    values["model"] = (read_model(DEFAULT_MODEL) if base is None else base) | values.get("model", {})
-    run = validate(values, origin, problems)
+    start = read_model(DEFAULT_MODEL) if base is None else base
+    values["model"] = start | values.get("model", {})
+    run = validate(values, {"model": start}, origin, problems)
     if run is None:
         refuse(problems)
     world = world_size or run.world_size
@@ -252,17 +253,27 @@ def read_base(values: dict[str, dict[str, Any]], problems: list[str]) -> dict[st
     return {key: value for key, value in base.items() if key in KEYS["model"]}
 
 
-def validate(values: dict[str, dict[str, Any]], origin: dict[str, str], problems: list[str]) -> Run | None:
-    """The Run of the collected values. Wrong values go to `problems` and are left out, so that the rest is checked too."""
+def validate(
+    values: dict[str, dict[str, Any]],
+    start: dict[str, dict[str, Any]],
+    origin: dict[str, str],
+    problems: list[str],
+) -> Run | None:
+    """The Run of the collected values; what is wrong goes to `problems`.
+
+    A wrong value gives way to the one in `start`, or to the default, so that the rest is checked too. None when that
+    does not make a run either.
+    """
+    dropped: set[str] = set()
     for _ in range(2):
         try:
             return Run.model_validate(values)
         except ValidationError as error:
             found = validation_problems(error, origin)
-            problems += [line for lines in found.values() for line in lines]
-            for dotted in found:
-                section, _, key = dotted.partition(".")
-                if key not in values.get(section, {}):
-                    return None
-                del values[section][key]
+            problems += [line for key, lines in found.items() if key not in dropped for line in lines]
+            dropped |= found.keys()
+            for section, _, key in (dotted.partition(".") for dotted in found):
+                values.get(section, {}).pop(key, None)
+                if key in start.get(section, {}):
+                    values[section][key] = start[section][key]
     return None

@@ -37,6 +37,7 @@ SETTINGS = {
     "moe.expert_capacity_factor": "model.capacity_factor",
     "moe.expert_parallel_size": "parallel.ep",
 }
+BETAS = "optimizer.params.betas"
 OFFLOAD = "zero_optimization.offload_optimizer.device"
 PINNED = "zero_optimization.offload_optimizer.pin_memory"
 PARTITION = "activation_checkpointing.partition_activations"
@@ -55,12 +56,12 @@ FIXED: dict[str, tuple[Any, ...]] = {
     PINNED: (True, False),
     PARTITION: (True, False),
 }
-SPECIAL = (OFFLOAD, "bf16.enabled", "moe.enabled", "optimizer.params.betas")
+SPECIAL = (OFFLOAD, "bf16.enabled", "moe.enabled", BETAS)
 JSON_KEYS = {ours: name for name, ours in SETTINGS.items()} | {
     "parallel.offload_optimizer": OFFLOAD,
     "train.precision": "bf16.enabled",
-    "optimizer.beta1": "optimizer.params.betas",
-    "optimizer.beta2": "optimizer.params.betas",
+    "optimizer.beta1": BETAS,
+    "optimizer.beta2": BETAS,
 }
 KNOWN = [*SETTINGS, *FIXED, *SPECIAL]
 # Sections that belong to DeepSpeed and are refused for a reason better than "unknown".
@@ -118,10 +119,10 @@ def special(key: str, value: Any, settings: dict[str, Any], problems: list[str])
         settings["train.precision"] = "bf16" if value else "fp32"
     elif key == "moe.enabled" and isinstance(value, bool):
         settings["moe.enabled"] = value
-    elif key == "optimizer.params.betas" and isinstance(value, list) and [is_number(str(x)) for x in value] == [True] * 2:
+    elif key == BETAS and isinstance(value, list) and [is_number(str(beta)) for beta in value] == [True, True]:
         settings["optimizer.beta1"], settings["optimizer.beta2"] = value
     else:
-        allowed = {OFFLOAD: "'cpu' or 'none'", "optimizer.params.betas": "two numbers"}.get(key, "true or false")
+        allowed = {OFFLOAD: "'cpu' or 'none'", BETAS: "two numbers"}.get(key, "true or false")
         problems.append(f"{key}: found {shown(value)}, expected {allowed}")
 
 
@@ -154,9 +155,11 @@ def apply_deepspeed(
             continue
         if dotted == "model.capacity_factor":
             if dotted in origin:
-                notes.append(f"{path}: capacity factor {value} gives way to {shown(values[section][key])} ({origin[dotted]})")
+                ours = shown(values[section][key])
+                notes.append(f"{path}: capacity factor {value} gives way to {ours} ({origin[dotted]})")
                 continue
-            notes.append(f"{path}: capacity factor {value} replaces {model.get(key) or 'dropless'}: tokens can be dropped")
+            ours = model.get(key) or "dropless"
+            notes.append(f"{path}: capacity factor {value} replaces {ours}: tokens can be dropped")
         elif dotted in origin or section == "model":
             found = model.get(key) if section == "model" else values[section][key]
             if not same(found, value):

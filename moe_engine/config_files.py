@@ -1,7 +1,7 @@
 """Reading the files a run is made of: YAML with limits, JSON, model presets and Hugging Face's config.json.
 
-YAML is read with safe types only, under a size and an alias limit (an alias bomb is refused before it expands),
-with YAML 1.2's scalars: `no` is a word and 1e-4 is a number. A key written twice is refused.
+YAML is read with safe types only, under limits of size, depth and aliases (an alias bomb is refused before it
+expands), with YAML 1.2's scalars: `no` is a word and 1e-4 is a number. A key written twice is refused.
 
 A model is named by a preset (`configs/models/NAME.yaml`), by the path of such a file, or by a Hugging Face config.json
 (or its folder) of type llama or mixtral, in the spelling of transformers 4 or 5. What such a config asks for and the
@@ -12,17 +12,18 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import ValidationError
 
 from moe_engine.config import Model
-from moe_engine.config_report import nearest, refuse, shown, validation_problems
+from moe_engine.config_report import nearest, problem_lines, refuse, shown, validation_problems
 from moe_engine.errors import ConfigError
 
-MAX_BYTES = 1 << 18
+MAX_BYTES = 1 << 16
 MAX_ALIASES = 16
+MAX_DEPTH = 32
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "models"
 
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$")
@@ -48,7 +49,7 @@ HF_NO_EFFECT = frozenset(
 class Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's scalars and no repeated keys."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -88,17 +89,27 @@ def read_text(path: str | Path) -> str:
 def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML text, safe types only. ConfigError names `source`, the line and the reason."""
     try:
-        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader))
-        if aliases > MAX_ALIASES:
-            raise ConfigError(f"{source}: {aliases} YAML aliases, at most {MAX_ALIASES} are read: write the values out")
-        return yaml.load(text, Loader)  # noqa: S506 (Loader is a SafeLoader)
+        check_shape(text, source)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         reason = shown(getattr(error, "problem", None) or str(error))[1:-1]
         raise ConfigError(f"{source}{line}: not valid YAML, {reason}") from None
-    except (RecursionError, ValueError):
-        raise ConfigError(f"{source}: not valid YAML, nested too deeply or a malformed value") from None
+    except ValueError:
+        raise ConfigError(f"{source}: not valid YAML, a malformed value") from None
+
+
+def check_shape(text: str, source: str) -> None:
+    """Refuse a YAML text that nests or refers too much, reading no further than the first excess."""
+    depth = aliases = 0
+    for event in yaml.parse(text, Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{source}: nested more than {MAX_DEPTH} deep, which no configuration needs")
+        if aliases > MAX_ALIASES:
+            raise ConfigError(f"{source}: more than {MAX_ALIASES} YAML aliases: write the values out")
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
@@ -141,13 +152,13 @@ def read_model(name: str) -> dict[str, Any]:
     try:
         return model_from_hf(read_mapping(path)).model_dump(exclude_unset=True)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        refuse(f"{path}: {line}" for line in problem_lines(error))
 
 
 def model_from_hf(config: Mapping[str, Any]) -> Model:
     """The Model of a Hugging Face config.json (a dict) of type llama or mixtral, transformers 4 or 5 spelling.
 
-    A Mixtral keeps the meaning of its router_aux_loss_coef: the loss is `hf_mixtral` (pooled over layers, k at uniform).
+    A Mixtral keeps the meaning of its router_aux_loss_coef: the loss is `hf_mixtral` (layers pooled, k at uniform).
     ConfigError lists every feature that the engine does not have, by name.
     """
     family = config.get("model_type")

@@ -6,8 +6,6 @@
 A refused layout is answered with the valid values, before any process group exists.
 """
 
-from collections.abc import Callable
-
 from moe_engine.config import Model, Run, divisors
 from moe_engine.config_report import refuse
 
@@ -92,7 +90,9 @@ def other_problems(run: Run) -> list[str]:
     model, parallel, train = run.model, run.parallel, run.train
     problems = []
     if parallel.zero == 3 and parallel.ep > 1:
-        problems.append(f"parallel.zero: found 3 with ep {parallel.ep}, expected 0, 1 or 2 (ZeRO-3 works with ep 1 only)")
+        problems.append(
+            f"parallel.zero: found 3 with ep {parallel.ep}, expected 0, 1 or 2: ZeRO-3 works with ep 1 only"
+        )
     if parallel.zero == 0 and parallel.offload_optimizer:
         problems.append("parallel.offload_optimizer: found true with zero 0, expected zero 1, 2 or 3")
     if train.seq_length > model.max_position_embeddings:
@@ -153,37 +153,37 @@ def differs_from_default(run: Run, dotted: str) -> bool:
 
 
 ROUTING_KEYS = (
-    *("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "routed_scaling_factor", "capacity_factor"),
-    *("router_jitter_noise", "router_aux_loss", "router_aux_loss_coef", "router_z_loss_coef", "expert_bias_update_rate"),
-)
+    "num_experts_per_tok moe_intermediate_size norm_topk_prob routed_scaling_factor capacity_factor "
+    "router_jitter_noise router_aux_loss router_aux_loss_coef router_z_loss_coef expert_bias_update_rate"
+).split()
 
 
 def without_effect(run: Run, given: set[str]) -> list[str]:
     """Warnings on settings that change nothing, among the dotted keys that the user wrote (`given`)."""
     model, parallel, train, data = run.model, run.parallel, run.train, run.data
-    experts, top_k = model.num_local_experts, model.num_experts_per_tok
-    never_drops = model.capacity_factor is not None and experts and model.capacity_factor >= experts / top_k
-    rules: list[tuple[str, Callable[[], bool], str]] = [
-        *((f"model.{key}", lambda: not model.num_moe_layers, "the model has no expert layer") for key in ROUTING_KEYS),
-        ("model.capacity_factor", lambda: bool(never_drops), f"no token can be dropped from {experts / top_k:g} upwards"),
-        ("model.router_aux_loss_coef", lambda: model.router_aux_loss == "none", "router_aux_loss is none"),
-        ("model.router_aux_loss", lambda: model.router_aux_loss_coef == 0, "router_aux_loss_coef is 0"),
-        ("parallel.overlap_comm", lambda: parallel.zero == 0, "zero is 0"),
-        ("parallel.reduce_bucket_size", lambda: parallel.zero == 0, "zero is 0"),
-        ("parallel.allgather_bucket_size", lambda: parallel.zero == 0, "zero is 0"),
-        ("train.save_every", lambda: train.save_every > train.steps, "it is more than steps (the end is saved anyway)"),
-        ("train.eval_every", lambda: data.eval_fraction == 0, "data.eval_fraction is 0"),
-        ("train.eval_batches", lambda: data.eval_fraction == 0, "data.eval_fraction is 0"),
+    top_k, dense = model.num_experts_per_tok, not model.num_moe_layers
+    roomy = max(1, model.num_local_experts) / top_k
+    rules = [
+        *((f"model.{key}", dense, "no layer has experts") for key in ROUTING_KEYS),
+        ("model.capacity_factor", (model.capacity_factor or 0) >= roomy, f"from {roomy:g} upwards no token is dropped"),
+        ("model.router_aux_loss_coef", model.router_aux_loss == "none", "router_aux_loss is none"),
+        ("model.router_aux_loss", model.router_aux_loss_coef == 0, "router_aux_loss_coef is 0"),
+        ("parallel.overlap_comm", parallel.zero == 0, "zero is 0"),
+        ("parallel.reduce_bucket_size", parallel.zero == 0, "zero is 0"),
+        ("parallel.allgather_bucket_size", parallel.zero == 0, "zero is 0"),
+        ("train.save_every", train.save_every > train.steps, "it is more than steps (the end is saved anyway)"),
+        ("train.eval_every", data.eval_fraction == 0, "data.eval_fraction is 0"),
+        ("train.eval_batches", data.eval_fraction == 0, "data.eval_fraction is 0"),
     ]
     changed = {key for key in given if differs_from_default(run, key)}
-    warnings = [f"{key} has no effect: {why}" for key, idle, why in rules if key in changed and idle()]
+    warnings = [f"{key} has no effect: {why}" for key, idle, why in rules if idle and key in changed]
     if len(data.domains) == 1 and data.domains[0].weight != 1:
         warnings.append("data.domains weight has no effect: there is one domain")
-    if model.num_moe_layers and top_k == 1 and model.norm_topk_prob and experts > 1:
+    if not dense and top_k == 1 and model.norm_topk_prob and model.num_local_experts > 1:
         warnings.append(
             "model.norm_topk_prob with num_experts_per_tok 1 makes every routing weight 1: the router learns from the "
             "balancing losses alone"
         )
-    if model.num_local_experts and not model.num_moe_layers:
+    if model.num_local_experts and dense:
         warnings.append("model.num_local_experts has no effect: moe_layers names no layer")
     return warnings

@@ -76,6 +76,7 @@ def unknown_setting(section: str, key: str, place: str = "") -> str:
     """The problem line for an unknown `section.key` of a run; a key of another section, or a near one, is found too."""
     written = shown(f"{section}.{key}" if key else section)[1:-1]
     what = "unknown key" if section in KEYS else "unknown section"
+    # Where each key lives; when two sections share a name, the one that was written, or nearly, wins.
     own = KEYS.get(section) or KEYS.get(nearest(section, KEYS) or "", [])
     home = {name: f"{other}.{name}" for other in reversed(KEYS) for name in KEYS[other]}
     home |= {name: f"{other}.{name}" for other, names in KEYS.items() if names is own for name in names}
@@ -107,7 +108,7 @@ def validation_problems(error: ValidationError, origin: Mapping[str, str], secti
         elif item["type"] == "extra_forbidden":
             lines.append(unknown_key(".".join(where), nested_keys(where), place))
         elif item["type"] == "value_error" and not isinstance(item["input"], bool):
-            lines += [f"{'.'.join(where)}.{text}{place}" for text in str(item["ctx"]["error"]).split("\n")]
+            lines += [f"{'.'.join(where)}.{text}{place}" for text in str(item.get("ctx", {}).get("error")).split("\n")]
         else:
             allowed = item["msg"].removeprefix("Value error, ").replace("Input should", "expected to", 1)
             allowed = PLAIN.get(item["type"], allowed.replace("expected to be ", "expected ", 1))

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +15,13 @@ from moe_engine.config_cli import FLAGS, build_parser, load, load_run, print_con
 from moe_engine.config_report import KEYS
 from moe_engine.errors import ConfigError
 
-SIZES = dict(vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
+SIZES: dict[str, Any] = {
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -39,14 +46,14 @@ def test_null_means_the_default_but_only_where_null_is_no_value() -> None:
 
 
 def test_sections_are_frozen_and_hashable() -> None:
-    model = Model(**SIZES, num_local_experts=4, moe_layers=[0, 2])
+    model = Model(**SIZES, num_local_experts=4, moe_layers=(0, 2))
     with pytest.raises(ValidationError):
         model.vocab_size = 3  # type: ignore[misc]
-    assert len({Run(model=model), Run(model=model)}) == 1
+    assert hash(Run(model=model)) == hash(Run(model=model))
 
 
 def test_is_moe_follows_moe_layers() -> None:
-    assert [Model(**SIZES, num_local_experts=4, moe_layers=[0, 2]).is_moe(i) for i in range(3)] == [True, False, True]
+    assert [Model(**SIZES, num_local_experts=4, moe_layers=(0, 2)).is_moe(i) for i in range(3)] == [True, False, True]
     assert Model(**SIZES, num_local_experts=4).num_moe_layers == 3
     assert Model(**SIZES).num_moe_layers == 0
 
@@ -133,7 +140,8 @@ def test_world_size_none_takes_the_layout_as_written() -> None:
 def test_later_sources_win(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
-        "model: {preset: tiny, num_hidden_layers: 2}\noptimizer: {lr: 1e-4, beta2: .9}\ntrain: {steps: 1_000, seed: 3}\n"
+        "model: {preset: tiny, num_hidden_layers: 2}\noptimizer: {lr: 1e-4, beta2: .9}\n"
+        "train: {steps: 1_000, seed: 3}\n"
     )
     argv = ["--config", str(config), "--lr", "2e-4", "--steps", "20", "--set", "train.steps=5e1"]
     run = load_run(argv, 1)
@@ -187,7 +195,10 @@ def test_warm_up_is_clamped_with_a_warning() -> None:
     [
         (["--model", "llama-2-7b", "--set", "model.capacity_factor=2"], "model.capacity_factor"),
         (["--set", "model.capacity_factor=4"], "model.capacity_factor"),
-        (["--set", "model.router_aux_loss=none", "--set", "model.router_aux_loss_coef=.1"], "model.router_aux_loss_coef"),
+        (
+            ["--set", "model.router_aux_loss=none", "--set", "model.router_aux_loss_coef=.1"],
+            "model.router_aux_loss_coef",
+        ),
         (["--zero", "0", "--set", "parallel.reduce_bucket_size=1e6"], "parallel.reduce_bucket_size"),
         (["--save-every", "600", "--steps", "10"], "train.save_every"),
         (["--set", "data.eval_fraction=0", "--set", "train.eval_every=3"], "train.eval_every"),
@@ -236,6 +247,7 @@ def test_all_problems_arrive_in_one_report(tmp_path: Path) -> None:
         (["--set", "data.domains=[{name: a, pth: b}]"], "did you mean data.domains.0.path?"),
         (["--set", "model.moe_layers=most"], "expected 'all' or "),
         (["--seq-length", "1024"], "at most model.max_position_embeddings 512"),
+        (["--set", "model.vocab_size=x", "--ep", "3"], "2 problems"),
         (["--out", "\x1b[31m", "--steps", "\x1b[31m"], r"\x1b[31m"),
     ],
 )

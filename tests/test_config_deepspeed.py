@@ -56,12 +56,21 @@ def test_agreeing_settings_are_accepted_in_any_spelling() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--micro-batch", "2"], "train.micro_batch: '2' (--micro-batch) contradicts 1 (train_micro_batch_size_per_gpu in"),
+        (
+            ["--micro-batch", "2"],
+            "train.micro_batch: '2' (--micro-batch) contradicts 1 (train_micro_batch_size_per_gpu in",
+        ),
         (["--zero", "1"], "parallel.zero: '1' (--zero) contradicts 2 (zero_optimization.stage in"),
         (["--ep", "4"], "parallel.ep: '4' (--ep) contradicts 2 (moe.expert_parallel_size in"),
         (["--precision", "fp32"], "contradicts 'bf16' (bf16.enabled in"),
-        (["--set", "parallel.offload_optimizer=false"], "contradicts True (zero_optimization.offload_optimizer.device in"),
-        (["--set", "model.num_local_experts=4"], "model.num_local_experts: 4 (--set) contradicts 8 (moe.num_experts in"),
+        (
+            ["--set", "parallel.offload_optimizer=false"],
+            "contradicts True (zero_optimization.offload_optimizer.device in",
+        ),
+        (
+            ["--set", "model.num_local_experts=4"],
+            "model.num_local_experts: 4 (--set) contradicts 8 (moe.num_experts in",
+        ),
         (["--set", "model.num_experts_per_tok=1"], "contradicts 2 (moe.top_k in"),
         (["--global-batch", "32"], "train.global_batch: found 32"),
         (["--dp", "8"], "parallel.dp: found dp 8 * ep 2"),
@@ -99,7 +108,10 @@ def test_moe_disabled_leaves_a_dense_run_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation.stage: unknown key, did you mean zero_optimization.stage?"),
+        (
+            {"zero_optimisation": {"stage": 2}},
+            "zero_optimisation.stage: unknown key, did you mean zero_optimization.stage?",
+        ),
         ({"zero_optimization": {"stagee": 2}}, "did you mean zero_optimization.stage?"),
         ({"moe": {"top_kk": "auto"}}, "did you mean moe.top_k?"),
         ({"frobnicate": 1}, "frobnicate: unknown key"),

@@ -60,19 +60,21 @@ def test_yaml_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
 
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{after}: &{after} [{','.join(['*' + before] * 9)}]\n" for before, after in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{after}: &{after} [{','.join(['*' + before] * 9)}]\n"
+    for before, after in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (BOMB, "72 YAML aliases, at most 16"),
+        (BOMB, "more than 16 YAML aliases"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
         ("!!python/name:os.system", "not valid YAML"),
         ("a: !secret b", "not valid YAML"),
         ("a: 1\nb: 2\na: 3", "line 3: not valid YAML, key a is written twice"),
-        ("[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("[" * 5000 + "]" * 5000, "nested more than 32 deep"),
+        ("[1," * 80_000, "nested more than 32 deep"),
         ("a: [1", "line 1: not valid YAML"),
         ("a: b: c", "line 1: not valid YAML"),
         ("a: *missing", "not valid YAML"),
@@ -92,7 +94,7 @@ def test_hostile_yaml_is_refused_quickly(text: str, words: str) -> None:
 
 def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
     cases = {
-        "large.yaml": b"#" * (1 << 18) + b"\n",
+        "large.yaml": b"#" * (1 << 16) + b"\n",
         "binary.yaml": b"\xff\xfe\x00",
         "list.yaml": b"- 1\n",
         "number_keys.yaml": b"1: 2\n",
@@ -117,6 +119,10 @@ def test_model_by_name_file_and_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert read_model(str(tmp_path)) == read_model(str(tmp_path / "config.json"))
     assert Model.model_validate(read_model(str(tmp_path))) == model_from_hf(LLAMA)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"mlp_bias": True, "sliding_window": 8}))
+    with pytest.raises(ConfigError) as caught:
+        read_model(str(tmp_path))
+    assert str(caught.value).count(f"{tmp_path / 'config.json'}: ") == 2
     with pytest.raises(ConfigError, match="did you mean mixtral-8x7b"):
         read_model("mixtral-8x7")
     with pytest.raises(ConfigError, match="presets are llama-2-7b, "):
@@ -172,7 +178,10 @@ def test_absent_keys_take_the_defaults_of_the_family() -> None:
         ({"num_local_experts": 4}, "num_local_experts: 4 is not a feature"),
         ({"hidden_size": "wide"}, "hidden_size: found 'wide'"),
         ({"hidden_size": None}, "hidden_size: not given"),
-        ({"num_experts_per_tok": 9, "model_type": "mixtral", "num_key_value_heads": 4}, "num_experts_per_tok 9 is more than"),
+        (
+            {"num_experts_per_tok": 9, "model_type": "mixtral", "num_key_value_heads": 4},
+            "num_experts_per_tok 9 is more than",
+        ),
     ],
 )
 def test_unsupported_features_are_refused_by_name(change: dict, words: str) -> None:
@@ -203,7 +212,8 @@ def test_published_configs_are_read() -> None:
     llama = published("meta-llama--Meta-Llama-3.1-8B_config.json")
     assert llama.rope_scaling is not None and llama.rope_scaling.factor == 8 and llama.head_dim == 128
     small = published("drop_upcycling_mixtral_8x152M.json")
-    assert (small.vocab_size, small.hidden_size, small.num_local_experts, small.router_aux_loss_coef) == (99584, 512, 8, 0.02)
+    assert (small.vocab_size, small.hidden_size, small.num_local_experts) == (99584, 512, 8)
+    assert small.router_aux_loss_coef == 0.02 and small.router_aux_loss == "hf_mixtral"
     assert published("drop_upcycling_mixtral_8x1.5B.json").num_hidden_layers == 24
     with pytest.raises(ConfigError, match="model_type"):
         published("Qwen--Qwen3-8B_config.json")

@@ -27,7 +27,8 @@ def oracle(model: Model, parallel: Parallel, train: Train, world: int) -> bool:
     expert_layers = [i for i in range(model.num_hidden_layers) if model.is_moe(i)]
     if not cuts(model.num_local_experts if expert_layers else 1, ep):
         return False
-    sizes = [model.num_attention_heads, model.num_key_value_heads, model.vocab_size, train.micro_batch * train.seq_length]
+    sizes = [model.num_attention_heads, model.num_key_value_heads, model.vocab_size]
+    sizes += [train.micro_batch * train.seq_length]
     sizes += [model.moe_intermediate_size] if expert_layers else []
     sizes += [model.intermediate_size] if len(expert_layers) < model.num_hidden_layers else []
     return all(cuts(size, tp) for size in sizes)
@@ -59,7 +60,7 @@ def random_case(rng: random.Random) -> tuple[Run, int]:
 
 
 def with_parallel(run: Run, world: int, **change: int) -> Run:
-    parallel = Parallel(**{"ep": run.parallel.ep, "tp": run.parallel.tp} | change)
+    parallel = Parallel.model_validate({"ep": run.parallel.ep, "tp": run.parallel.tp} | change)
     return derive(Run(model=run.model, parallel=parallel, train=run.train), world)[0]
 
 

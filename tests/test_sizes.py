@@ -63,7 +63,7 @@ def weights(model: Model, ep: int, tp: int) -> list[tuple[tuple[int, ...], int, 
         found.append(((v, d), 1, tp, False))
     for layer in range(model.num_hidden_layers):
         found += [((d,), 1, 1, False)] * 2
-        found += [((model.num_attention_heads * c, d), 1, tp, False), ((d, model.num_attention_heads * c), 1, tp, False)]
+        found += [((model.num_attention_heads * c, d), 1, tp, False)] * 2
         found += [((model.num_key_value_heads * c, d), 1, tp, False)] * 2
         if model.is_moe(layer):
             found.append(((model.num_local_experts, d), 1, 1, False))

@@ -137,7 +137,9 @@ def reference(model: Model, case: Case) -> Trace:
         count_NE = sum(s.count_NBE.sum(1) for s in stats)
         assert isinstance(count_NE, Tensor)
         load_NE = count_NE / count_NE.sum(1, keepdim=True)
-        aux_values.append(sum(float(balance_loss(case.aux, s, config.num_experts_per_tok, load_NE)) for s in stats) / len(stats))
+        aux_values.append(
+            sum(float(balance_loss(case.aux, s, config.num_experts_per_tok, load_NE)) for s in stats) / len(stats)
+        )
         token_losses = sum(loss_T.sum() for loss_T, _ in outputs) / (batch.labels_BS != -100).sum()
         (token_losses + sum(router_loss(config, s, load_NE) for s in stats) / len(stats)).backward()
         if step == 0:
@@ -224,7 +226,10 @@ def verify(model: Model, cases: list[Case]) -> float:
             errors = Errors(*(max(column) for column in zip(*(rank[i] for rank in per_rank), strict=True)))
             worst = max(worst, *errors)
             figures = "  ".join(f"{e:8.1e}" for e in errors)
-            print(f"{case.dp:3} {case.ep:3} {case.tp:3} {case.zero:4} {case.accumulation:5}  {case.aux:12}  {figures}", flush=True)
+            print(
+                f"{case.dp:3} {case.ep:3} {case.tp:3} {case.zero:4} {case.accumulation:5}  {case.aux:12}  {figures}",
+                flush=True,
+            )
     print(f"layouts {len(cases)}, worst relative error {worst:.1e}")
     return worst
 

@@ -40,7 +40,11 @@ class Piece(NamedTuple):
 
 
 def save(
-    root: Path, step: int, pieces: Iterable[tuple[Piece, Mapping[str, Tensor]]], extra: Mapping[str, Tensor], manifest: dict[str, Any]
+    root: Path,
+    step: int,
+    pieces: Iterable[tuple[Piece, Mapping[str, Tensor]]],
+    extra: Mapping[str, Tensor],
+    manifest: dict[str, Any],
 ) -> Path:
     """Write the checkpoint of `step` under `root`; collective over all ranks. Returns its folder.
 
@@ -64,7 +68,10 @@ def save(
     _barrier()
     if rank == 0:
         files = {_rank_file(r): _digest(temporary / _rank_file(r)) for r in range(world)}
-        _write_text(temporary / "manifest.json", json.dumps({"format": FORMAT, "step": step, "files": files} | manifest, indent=1))
+        _write_text(
+            temporary / "manifest.json",
+            json.dumps({"format": FORMAT, "step": step, "files": files} | manifest, indent=1),
+        )
         _sync(temporary)
         _remove(final)
         os.rename(temporary, final)
@@ -80,14 +87,18 @@ def find(resume: str, root: Path) -> Path | None:
     if resume != "auto":
         path = Path(resume)
         if not (path / "manifest.json").is_file():
-            raise ConfigError(f"--resume {resume}: no manifest.json there; give a folder step-N written by this engine, or auto")
+            raise ConfigError(
+                f"--resume {resume}: no manifest.json there; give a folder step-N written by this engine, or auto"
+            )
         return path
     latest = root / "latest"
     if not latest.is_file():
         return None
     path = root / latest.read_text().strip()
     if not (path / "manifest.json").is_file():
-        raise DataError(f"{latest} names {path.name}, which has no manifest.json; give --resume the folder of another checkpoint")
+        raise DataError(
+            f"{latest} names {path.name}, which has no manifest.json; give --resume the folder of another checkpoint"
+        )
     return path
 
 
@@ -101,7 +112,9 @@ class Reader:
             raise DataError(f"{folder}: format {self.manifest.get('format')}, this version reads format {FORMAT}")
         for name, expected in self.manifest["files"].items():
             if not (folder / name).is_file() or _digest(folder / name) != expected:
-                raise DataError(f"{folder / name}: missing, cut short or changed since it was written; resume from another checkpoint")
+                raise DataError(
+                    f"{folder / name}: missing, cut short or changed since it was written; resume from another checkpoint"
+                )
         self.files = {name: safe_open(folder / name, "pt") for name in self.manifest["files"]}
         self.pieces: dict[str, list[tuple[str, int, Piece]]] = {}
         for file, opened in self.files.items():
@@ -118,7 +131,9 @@ class Reader:
             flat[piece.start : piece.start + piece.length] = self.files[file].get_tensor(f"{kind}/{i}")
             found += piece.length
         if found != torch.Size(shape).numel():
-            raise DataError(f"{self.folder}: {name} has {found} elements here, {torch.Size(shape).numel()} in the run; was the model changed?")
+            raise DataError(
+                f"{self.folder}: {name} has {found} elements here, {torch.Size(shape).numel()} in the run; was the model changed?"
+            )
         out = torch.empty(shape)
         for box, flat in boxes.items():
             place = tuple(slice(*side) for side in box)

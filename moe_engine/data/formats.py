@@ -23,14 +23,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from moe_engine.data.json_array import BadValue, array_values
+from moe_engine.data.json_array import BadValue, array_values, unique_fields
 from moe_engine.errors import ConfigError, DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 OTHER_COMPRESSION = (".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz")
 TEXT_KEYS = ("text", "content", "raw_content", "document", "body")
-MAX_ROW = 32 << 20  # bytes; a longer line or value is reported and passed over
+MAX_ROW = 32 << 20  # bytes; a longer line, or a value of twice this length in an array, is reported and passed over
 MAX_TEXT = 8 << 20  # bytes of one plain-text document
 BLOCK = 1 << 20
 BOM = b"\xef\xbb\xbf"
@@ -102,7 +102,7 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
-def _open(path: Path) -> io.BufferedIOBase:
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
 
 
@@ -132,7 +132,7 @@ def _lines(path: Path, kind: Literal["lines", "jsonl"]) -> Iterator[Piece | BadR
     with _open(path) as stream:
         while True:
             try:
-                chunk = stream.read(BLOCK)
+                chunk = stream.read1(BLOCK)  # read() would lose what precedes the damage
             except READ_ERRORS as error:
                 yield BadRow(str(path), str(line), f"the file ends early or is damaged here: {error}")
                 return
@@ -222,7 +222,7 @@ def _json_object(path: Path) -> Iterator[Piece | BadRow]:
         yield BadRow(str(path), "", f"one JSON object of more than {8 * MAX_ROW >> 20} MiB; convert it to .jsonl")
         return
     try:
-        value = json.loads(text.removeprefix(BOM).decode(errors="surrogateescape"))
+        value = json.loads(text.removeprefix(BOM).decode(errors="surrogateescape"), object_pairs_hook=unique_fields)
     except json.JSONDecodeError as error:
         yield BadRow(str(path), f"{error.lineno}:{error.colno}", f"not JSON: {error.msg}")
         return
@@ -296,7 +296,7 @@ def _position(content: bytes, offset: int, line: int) -> str:
 
 def _json_line(path: str, number: int, line: bytes, text_key: str | None) -> Document | BadRow:
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode(), object_pairs_hook=unique_fields)
     except UnicodeDecodeError as error:
         return BadRow(path, f"{number}:{error.start + 1}", f"byte 0x{line[error.start]:02X} is not UTF-8")
     except json.JSONDecodeError as error:
@@ -304,20 +304,7 @@ def _json_line(path: str, number: int, line: bytes, text_key: str | None) -> Doc
         return BadRow(path, f"{number}:{error.colno}", f"not JSON: {error.msg}, near {near!r}")
     except (ValueError, RecursionError) as error:
         return BadRow(path, str(number), f"not JSON that can be read: {error}")
-    result = _row_document(path, str(number), value, text_key)
-    if isinstance(result, Document) and (twice := _repeated_key(line, text_key)):
-        return BadRow(path, str(number), f"the field {twice!r} appears twice in the row")
-    return result
-
-
-def _repeated_key(line: bytes, text_key: str | None) -> str | None:
-    """The text field, if the row's own object names it twice (json.loads would keep the last one without a word)."""
-    keys = (text_key,) if text_key else TEXT_KEYS
-    if all(line.count(json.dumps(key).encode()) < 2 for key in keys):
-        return None
-    outermost = json.loads(line, object_pairs_hook=list)
-    names = [name for name, _ in outermost]
-    return next((key for key in keys if names.count(key) > 1), None)
+    return _row_document(path, str(number), value, text_key)
 
 
 def _row_document(path: str, where: str, value: Any, text_key: str | None) -> Document | BadRow:

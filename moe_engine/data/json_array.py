@@ -20,6 +20,15 @@ class BadValue(NamedTuple):
     reason: str
 
 
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`; ValueError for a field given twice (json keeps the last one without a word)."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(n for n in fields if names.count(n) > 1)!r} appears twice")
+    return fields
+
+
 def array_values(
     stream: IO[str], max_length: int, read_errors: tuple[type[Exception], ...]
 ) -> Iterator[tuple[str, Any | BadValue]]:
@@ -88,7 +97,7 @@ class _Array:
 
     def decode(self) -> Any | BadValue:
         """The value at the reading position, which moves past it; BadValue leaves the position where it was."""
-        decoder = json.JSONDecoder()
+        decoder = json.JSONDecoder(object_pairs_hook=unique_fields)
         while True:
             length = len(self.buffer) - self.at
             try:

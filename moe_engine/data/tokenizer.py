@@ -93,7 +93,7 @@ def _from_folder(spec: str, folder: Path) -> Tokenizer:
         return _from_file(spec, models[0], _read(spec, models[0]))
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise ConfigError(
-        f"tokenizer {spec}: the folder holds {found}; expected tokenizer.json, a .model file, or vocab.json and merges.txt"
+        f"tokenizer {spec}: the folder holds {found}; expected tokenizer.json, a .model, or vocab.json and merges.txt"
     )
 
 

@@ -79,9 +79,7 @@ class Attention(nn.Module):
         """x[T/tp, D], normalised -> the layer's contribution [T/tp, D]."""
         h_TD = all_gather(x_TD, self.tp)
         sequences, _, length, _ = at.cos.shape
-        q, k, v = (
-            p(h_TD).view(sequences, length, -1, self.head_dim).transpose(1, 2) for p in (self.q, self.k, self.v)
-        )
+        q, k, v = (p(h_TD).view(sequences, length, -1, self.head_dim).transpose(1, 2) for p in (self.q, self.k, self.v))
         a_BHSC = F.scaled_dot_product_attention(
             rotate(q, at), rotate(k, at), v, attn_mask=at.mask, is_causal=at.mask is None, enable_gqa=True
         )

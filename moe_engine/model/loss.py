@@ -1,8 +1,8 @@
 """Cross-entropy over a vocabulary cut along tp: no rank ever holds a whole row of logits.
 
-    max, sum of exp, logit of the label    of this rank's columns      (op cross_entropy)
-    max over tp, then sum over tp          two small all-reduces
-    loss_T = logsumexp - logit of the label, 0 where the label is -100; in fp32
+max, sum of exp, logit of the label    of this rank's columns      (op cross_entropy)
+max over tp, then sum over tp          two small all-reduces
+loss_T = logsumexp - logit of the label, 0 where the label is -100; in fp32
 """
 
 import torch

@@ -57,7 +57,9 @@ class Router(nn.Module):
         config = self.config
         x_TD = x_TD.float()
         if self.training and config.router_jitter_noise:
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.router_jitter_noise, 1 + config.router_jitter_noise)
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(
+                1 - config.router_jitter_noise, 1 + config.router_jitter_noise
+            )
         logits_TE = F.linear(x_TD, copy_to(self.weight, self.tp).float())
         weight_TK, index_TK, probs_TE = router_topk(
             logits_TE, config.num_experts_per_tok, config.norm_topk_prob, self.expert_bias

@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def _load_extension() -> bool:
     """Load the C++ kernels; False if they were not built, with a warning if they were but do not load."""
-    if importlib.util.find_spec("moe_engine._C") is None:
+    spec = importlib.util.find_spec("moe_engine._C")
+    if spec is None or spec.origin is None:
         return False
     try:
-        importlib.import_module("moe_engine._C")
-    except ImportError as error:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
         warnings.warn(
             f"the C++ kernels do not load with torch {torch.__version__} ({error}); the slower reference kernels are "
             "used. Build them again: python setup.py build_ext --inplace",

@@ -17,6 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from moe_engine.parallel.mesh import Axis
 
+# torch 2.13 renamed both
+ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def sum_(x: Tensor, axis: Axis) -> Tensor:
     """In-place sum over the axis, outside autograd. Returns x."""
@@ -32,18 +36,24 @@ def max_(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
+def barrier(axis: Axis) -> None:
+    """Wait for every rank of the axis."""
+    if axis.size > 1:
+        dist.barrier(group=axis.group)
+
+
 def gather_rows(x: Tensor, axis: Axis) -> Tensor:
     """x[n, ...] of every rank, in rank order -> [axis * n, ...]; outside autograd."""
     if axis.size == 1:
         return x
     out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    ALL_GATHER(out, x.contiguous(), group=axis.group)
     return out
 
 
 def _scatter_sum(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    REDUCE_SCATTER(out, x.contiguous(), group=axis.group)
     return out
 
 

@@ -1,9 +1,9 @@
 """Linear layers cut along tp. Tokens are cut along tp outside them (x[T/tp, D]); inside, all tokens meet cut weights:
 
-    h[T, D]      = all_gather(x[T/tp, D])          written at the call, not hidden in the layer
-    q[T, H*C/tp] = ColumnLinear(h)
-    y[T, D]{tp}  = RowLinear(a[T, H*C/tp])         a partial sum
-    y[T/tp, D]   = reduce_scatter(y)               written at the call
+h[T, D]      = all_gather(x[T/tp, D])          written at the call, not hidden in the layer
+q[T, H*C/tp] = ColumnLinear(h)
+y[T, D]{tp}  = RowLinear(a[T, H*C/tp])         a partial sum
+y[T/tp, D]   = reduce_scatter(y)               written at the call
 """
 
 import torch.nn.functional as F

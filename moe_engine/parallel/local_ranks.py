@@ -29,19 +29,23 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, time
         pipes, processes = [], []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(function, rank, world_size, folder, sender, args), daemon=True)
+            process = context.Process(
+                target=_rank, args=(function, rank, world_size, folder, sender, args), daemon=True
+            )
             process.start()
             sender.close()
             pipes.append(receiver)
             processes.append(process)
         try:
-            return _collect(pipes, timeout)
-        finally:
+            results = _collect(pipes, timeout)
             for process in processes:
                 process.join(timeout=5)
+            return results
+        finally:
+            for process in processes:
                 if process.is_alive() and process.pid is not None:
                     os.kill(process.pid, signal.SIGKILL)
-                    process.join()
+                process.join()
 
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
@@ -63,7 +67,9 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(function: Callable[..., Any], rank: int, world_size: int, folder: str, sender: Connection, args: tuple) -> None:
+def _rank(
+    function: Callable[..., Any], rank: int, world_size: int, folder: str, sender: Connection, args: tuple
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))  # as torchrun does
     try:

@@ -80,9 +80,7 @@ def key_of(seed: int, name: str) -> int:
 def draw_normal_(out: Tensor, note: WeightNote, key: int) -> None:
     """Standard normal values of this rank's part of the whole tensor, written into `out` row block by row block."""
     strides = [math.prod(note.shape[d + 1 :]) for d in range(len(note.shape))]
-    places = [
-        torch.arange(s.start, s.stop, device=out.device) * strides[d] for d, s in enumerate(note.local_slices())
-    ]
+    places = [torch.arange(s.start, s.stop, device=out.device) * strides[d] for d, s in enumerate(note.local_slices())]
     inner = torch.zeros((), dtype=torch.int64, device=out.device)
     for place in places[1:]:
         inner = inner.unsqueeze(-1) + place

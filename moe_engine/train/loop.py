@@ -47,7 +47,9 @@ class Trainer(NamedTuple):
         return Path(self.run.train.out) / "checkpoints"
 
 
-def build(run: Run, mesh: Mesh, device: torch.device, train: list[OpenDomain], held_out: list[OpenDomain], log: Logger) -> Trainer:
+def build(
+    run: Run, mesh: Mesh, device: torch.device, train: list[OpenDomain], held_out: list[OpenDomain], log: Logger
+) -> Trainer:
     """Model, ZeRO engine and loader of a run; collective over all ranks."""
     with device:
         model = Transformer(run.model, mesh, run.train.recompute)
@@ -72,7 +74,7 @@ def fit(trainer: Trainer) -> None:
     start = resume(trainer)
     log.truncate_after(start)
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    peak = peak_flops(trainer.device, dtype)
+    peak = peak_flops(trainer.device, dtype, trainer.mesh)
     tokens_seen, skipped = start * run.train.global_batch * run.train.seq_length, 0
     for step in range(start, run.train.steps):
         began = time.perf_counter()
@@ -97,7 +99,9 @@ def fit(trainer: Trainer) -> None:
             save_checkpoint(trainer, step + 1)
 
 
-def row(trainer: Trainer, step: int, report: StepReport, lr: float, seconds: float, peak: float, tokens_seen: int) -> dict[str, Any]:
+def row(
+    trainer: Trainer, step: int, report: StepReport, lr: float, seconds: float, peak: float, tokens_seen: int
+) -> dict[str, Any]:
     """One row of metrics.jsonl; docs/metrics.md says what each field means."""
     run = trainer.run
     tokens = run.train.global_batch * run.train.seq_length

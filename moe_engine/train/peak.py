@@ -7,28 +7,34 @@ the literature. Elsewhere the ceiling is measured at start: all ranks multiply a
 import time
 
 import torch
-import torch.distributed as dist
 
-DENSE_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # FLOP/s, vendor data sheets, no sparsity
+from moe_engine.parallel.collectives import barrier
+from moe_engine.parallel.mesh import Mesh
+
+DENSE_BF16 = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}  # FLOP/s, vendor data sheets, no sparsity
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+def peak_flops(device: torch.device, dtype: torch.dtype, mesh: Mesh) -> float:
     """FLOP/s of this rank; collective over all ranks where it is measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for key, value in DENSE_BF16.items():
             if key in name:
                 return value
-    return measured_ceiling(device, dtype)
+    return measured_ceiling(device, dtype, mesh)
 
 
-def measured_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+def measured_ceiling(device: torch.device, dtype: torch.dtype, mesh: Mesh, seconds: float = 0.2) -> float:
     """FLOP/s of a square matrix product, all ranks at once for `seconds`."""
     size = 4096 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     torch.mm(a, a)
-    if dist.is_initialized():
-        dist.barrier()
+    barrier(mesh.world)
     start, products = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         torch.mm(a, a)

@@ -85,7 +85,9 @@ class Tally:
         load_NE = count_NE / count_NE.sum(1, keepdim=True).clamp(min=1)
         domain_loss_D = domain_D2[:, 0] / domain_D2[:, 1]
         norm = outcome.grad_norm
-        return StepReport(loss, lm_sum / tokens, aux, aux_hf, z, norm, int(tokens), load_NE, dropped_N, domain_loss_D, skipped)
+        return StepReport(
+            loss, lm_sum / tokens, aux, aux_hf, z, norm, int(tokens), load_NE, dropped_N, domain_loss_D, skipped
+        )
 
 
 def train_step(
@@ -99,7 +101,9 @@ def train_step(
 def accumulate(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], domains: int = 1) -> Tally:
     """Forward and backward of every micro-batch; the gradients are then complete, the weights untouched."""
     device = batches[0].tokens_BS.device
-    counts = [torch.stack([(b.labels_BS != IGNORE).sum(), torch.tensor(b.tokens_BS.numel(), device=device)]) for b in batches]
+    counts = [
+        torch.stack([(b.labels_BS != IGNORE).sum(), torch.tensor(b.tokens_BS.numel(), device=device)]) for b in batches
+    ]
     labelled, routed = sum_(torch.stack(counts).sum(0), mesh.data).tolist()
     by_global_load = config.router_aux_loss == "global_batch"
     load_NE = global_load(engine, mesh, batches) if by_global_load and len(batches) > 1 else None
@@ -164,7 +168,9 @@ def who_is_bad(engine: ZeroEngine, mesh: Mesh, finite: bool, bad: list[str]) -> 
         if loss_bad:
             lines.append(f"the loss on rank {rank}")
         elif first >= 0:
-            lines.append(f"the gradient of {names[first]} on rank {rank}" + (f" (and {count - 1} more)" if count > 1 else ""))
+            lines.append(
+                f"the gradient of {names[first]} on rank {rank}" + (f" (and {count - 1} more)" if count > 1 else "")
+            )
     return "not finite: " + ("; ".join(lines) or "the global gradient norm, although every gradient is finite")
 
 

@@ -106,7 +106,7 @@ class ZeroEngine:
             group["lr"] = lr
         bad = [name for name, is_bad in zip(self.names.values(), self.bad_gradient.tolist(), strict=True) if is_bad]
         self.bad_gradient.zero_()
-        if self.stage == 0:
+        if self.flat is None:
             return self._step_replicated(bad)
         skipped_before = self.engine.skipped_steps
         self.engine.step()
@@ -126,41 +126,56 @@ class ZeroEngine:
 
     def owned(self) -> Iterator[OwnedSlice]:
         """The fp32 master values and Adam moments that this rank owns, as writable views, parameter by parameter."""
-        states = self.engine.optimizer.state if self.flat is None else self.flat.optimizer.state
         for parameter, name in self.names.items():
             note = note_of(parameter)
             first_copy = note.tensor_parallel or self.mesh.tp.rank == 0
             if self.flat is None:
                 replicas = self.mesh.dp if note.expert and self.by_expert else self.mesh.data
-                moments = {key: value.view(-1) for key, value in states.get(parameter, {}).items()}
+                states = self.engine.optimizer.state.get(parameter, {})
+                moments = {key: value.view(-1) for key, value in states.items()}
                 yield OwnedSlice(name, 0, parameter.data.view(-1), moments, first_copy and replicas.rank == 0)
-            elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
-                address, master = mapping.get_hp_fragment_address(), mapping.hp_fragment
-                flat = next(f for f in self._partitions() if _holds(f, master))
-                part = slice(address.start, address.start + address.numel)
-                moments = {key: v.view(-1) if key == "step" else v[part] for key, v in states.get(flat, {}).items()}
-                yield OwnedSlice(name, mapping.lp_fragment_address.start, master.view(-1), moments, first_copy)
+            elif (place := self._place(parameter)) is not None:
+                flat, part, start = place
+                states = self.flat.optimizer.state.get(flat, {})
+                moments = {key: v.view(-1) if key == "step" else v[part] for key, v in states.items()}
+                yield OwnedSlice(name, start, flat.data[part], moments, first_copy)
+
+    def _place(self, parameter: Any) -> tuple[Tensor, slice, int] | None:
+        """Where this rank's fp32 part of a parameter lies: the flat partition, the part of it, the first element's number."""
+        if self.stage == 3:
+            group, offset, padded = self.flat.grad_position[self.flat.get_param_id(parameter)]
+            start = self.mesh.data.rank * padded
+            length = min(padded, parameter.ds_numel - start)
+            return (self._flat_masters()[group], slice(offset, offset + length), start) if length > 0 else None
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return None
+        address = mapping.get_hp_fragment_address()
+        flat = next(flat for flat in self._flat_masters() if _holds(flat, mapping.hp_fragment))
+        return flat, slice(address.start, address.start + address.numel), mapping.lp_fragment_address.start
 
     def create_optimizer_states(self) -> None:
         """AdamW makes its moments on the first step; a checkpoint needs them before."""
         inner = self.engine.optimizer if self.flat is None else self.flat.optimizer
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                inner.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+        for master in self.names if self.flat is None else self._flat_masters():
+            inner.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+
+    def _flat_masters(self) -> list[Tensor]:
+        """DeepSpeed's flat fp32 partitions of this rank; each of its optimizers calls them by another name."""
+        names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
+        return next(getattr(self.flat, name) for name in names if hasattr(self.flat, name))
 
     def weights_from_masters(self) -> None:
         """After the masters were written: the weights that forward reads, on every rank."""
-        if self.flat is not None:
+        if self.stage == 3:
+            for low, master in zip(self.flat.fp16_partitioned_groups_flat, self._flat_masters(), strict=True):
+                low.copy_(master)
+        elif self.flat is not None:
             self.flat.update_lp_params()
-
-    def _partitions(self) -> list[Tensor]:
-        """DeepSpeed's flat fp32 partitions of this rank: ZeRO 1 and 2, or its bf16 optimizer."""
-        flat = self.flat
-        return getattr(flat, "single_partition_of_fp32_groups", None) or flat.fp32_groups_flat_partition
 
     def _step_replicated(self, bad: list[str]) -> StepOutcome:
         """Stage 0: gradients are whole on every rank; DeepSpeed offers no norm for them, so it is taken here."""
@@ -273,6 +288,9 @@ def _group_of(axis: Axis):
 
 def _tell_deepspeed_the_layout(mesh: Mesh) -> None:
     """DeepSpeed keeps its groups in a module of its own; they are set anew for every engine of this process."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # else a CPU run first compiles an op it does not need
+    )
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     groups._EXPERT_PARALLEL_GROUP.clear()
     groups._EXPERT_DATA_PARALLEL_GROUP.clear()

@@ -11,9 +11,7 @@ from moe_engine.parallel.mesh import Mesh
 
 transformers = pytest.importorskip("transformers")
 
-LLAMA3_ROPE = RopeScaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
-)
+LLAMA3_ROPE = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 SIZES = dict(
     vocab_size=99, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
     num_key_value_heads=2, head_dim=10, rope_theta=10_000.0, max_position_embeddings=128, rms_norm_eps=1e-5,
@@ -67,7 +65,9 @@ def pairs(ours: Transformer, theirs: nn.Module) -> list[tuple[str, nn.Parameter,
             hf = hf.replace(f"attention.{letter}.", f"self_attn.{letter}_proj.")
         if hf.endswith("ffn.w_gate_up"):
             stem = hf.removesuffix("ffn.w_gate_up")
-            rows += [(f"{name}[{i}]", parameter, named[f"{stem}mlp.{p}_proj.weight"]) for i, p in ((0, "gate"), (1, "up"))]
+            rows += [
+                (f"{name}[{i}]", parameter, named[f"{stem}mlp.{p}_proj.weight"]) for i, p in ((0, "gate"), (1, "up"))
+            ]
         else:
             rows.append((name, parameter, named[hf]))
     return rows

@@ -1,7 +1,7 @@
 """SwiGLU: the activation between the two matmuls of an expert (arXiv 2002.05202).
 
-    gate_R(F), up_R(F) = gate_up_R(2F)       gate columns first, then up
-    y_RF = silu(gate) * up                   silu(g) = g * sigmoid(g), in fp32, rounded once
+gate_R(F), up_R(F) = gate_up_R(2F)       gate columns first, then up
+y_RF = silu(gate) * up                   silu(g) = g * sigmoid(g), in fp32, rounded once
 """
 
 import torch

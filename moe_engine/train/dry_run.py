@@ -1,0 +1,103 @@
+"""What a run would be, without starting it: settings checked, files opened, sizes and shapes computed.
+
+The configuration, the layout and the batch arithmetic were checked when the run was loaded. Here the tokenizer and the
+data are opened, parameters counted, and the shapes of one step listed room by room, for one rank.
+"""
+
+import math
+
+from moe_engine.config import Run
+from moe_engine.config_cli import Loaded
+from moe_engine.errors import DataError
+from moe_engine.model.flops import step_flops_per_token
+from moe_engine.sizes import parameter_counts, rank_parameters
+from moe_engine.train.corpus import open_corpus
+
+
+def describe(loaded: Loaded) -> list[str]:
+    """The report of `--dry-run`. Raises ConfigError or DataError where the run itself would."""
+    run = loaded.run
+    lines = [*loaded.derived, *(f"warning: {warning}" for warning in loaded.warnings)]
+    return [
+        *lines,
+        "",
+        *batch_lines(run),
+        "",
+        *corpus_lines(run),
+        "",
+        *parameter_lines(run),
+        "",
+        *shape_lines(run),
+        "",
+        "ok",
+    ]
+
+
+def batch_lines(run: Run) -> list[str]:
+    """Layout and batch arithmetic."""
+    parallel, train = run.parallel, run.train
+    tokens = train.global_batch * train.seq_length
+    total = tokens * train.steps
+    flops = tokens * step_flops_per_token(run.model, train.seq_length)
+    return [
+        f"layout      {run.world_size} ranks = dp {parallel.dp} x ep {parallel.ep} x tp {parallel.tp}, ZeRO {parallel.zero}, {train.precision}",
+        f"batch       {train.global_batch} sequences = micro_batch {train.micro_batch} x accumulation {train.accumulation} "
+        f"x {run.data_ranks} data ranks",
+        f"tokens      {tokens:,} a step, {total:,} in {train.steps:,} steps",
+        f"compute     {flops:.3e} FLOPs a step (matrix products, forward and backward)",
+    ]
+
+
+def corpus_lines(run: Run) -> list[str]:
+    """The domains with their tokens; opening them checks tokenizer, vocabulary and files."""
+    if not run.data.domains:
+        if run.model.vocab_size < 257:
+            raise DataError(
+                f"model.vocab_size {run.model.vocab_size} is too small for the default corpus, which has 257 ids (bytes and an "
+                "end of document); set model.vocab_size >= 257 or give --data"
+            )
+        return ["data        the Python standard library's own sources, as bytes (prepared when the run starts)"]
+    train, held_out = open_corpus(run)
+    weight = sum(domain.weight for domain in train)
+    lines = [
+        f"data        {domain.name}: {domain.dataset.tokens:,} tokens, drawn {100 * domain.weight / weight:.1f} % of the time"
+        for domain in train
+    ]
+    return [*lines, f"held out    {sum(domain.dataset.tokens for domain in held_out):,} tokens"]
+
+
+def parameter_lines(run: Run) -> list[str]:
+    """Parameters in all, active for one token, and on one rank."""
+    counts, rank = parameter_counts(run.model), rank_parameters(run.model, run.parallel)
+    by_part = [f"{part} {n:,}" for part, n in counts._asdict().items() if n and part != "active_experts"]
+    return [
+        f"parameters  {counts.total:,} in all, {counts.active:,} active for one token",
+        f"            {', '.join(by_part)}",
+        f"per rank    {rank.resident:,} ({rank.dense:,} dense, {rank.expert:,} of experts); "
+        f"optimizer states of {rank.owned:,}" + ("" if run.parallel.zero else " if ZeRO were on; stage 0 keeps all"),
+    ]
+
+
+def shape_lines(run: Run) -> list[str]:
+    """The tensors of one micro-batch on one rank, in the order of the rooms they pass."""
+    model, tp, ep, train = run.model, run.parallel.tp, run.parallel.ep, run.train
+    tokens = train.micro_batch * train.seq_length
+    heads, kv_heads = model.num_attention_heads // tp, model.num_key_value_heads // tp
+    shapes = [
+        ("tokens, labels, positions [B, S]", (train.micro_batch, train.seq_length)),
+        ("x [T/tp, D]", (tokens // tp, model.hidden_size)),
+        ("q [B, H/tp, S, C]", (train.micro_batch, heads, train.seq_length, model.head_dim)),
+        ("k, v [B, G/tp, S, C]", (train.micro_batch, kv_heads, train.seq_length, model.head_dim)),
+    ]
+    if model.num_moe_layers:
+        experts, width, chosen = model.num_local_experts, model.moe_intermediate_size, model.num_experts_per_tok
+        rows = tokens // tp * chosen
+        shapes += [
+            ("router logits [T/tp, E], fp32", (tokens // tp, experts)),
+            ("rows sent [R, D]", (rows, model.hidden_size)),
+            ("rows received [M, D], balanced routing", (math.ceil(rows * tp), model.hidden_size)),
+            ("w_gate_up [E/ep, 2, F/tp, D]", (experts // ep, 2, width // tp, model.hidden_size)),
+            ("w_down [E/ep, D, F/tp]", (experts // ep, model.hidden_size, width // tp)),
+        ]
+    shapes.append(("logits [T, V/tp]", (tokens, model.vocab_size // tp)))
+    return ["one step on one rank", *(f"  {name:42} {list(shape)}" for name, shape in shapes)]

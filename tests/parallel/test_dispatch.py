@@ -1,0 +1,115 @@
+"""Dispatch and combine on real ranks: every row meets its own expert and comes home, in whatever layout.
+
+The experts here are matrices of their own; with tp each rank holds an additive part of each of them, so that combine's
+partial sums are exercised. The truth is a loop over rows on one process.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_engine.parallel.dispatch import combine, dispatch
+from moe_engine.parallel.local_ranks import run_on_ranks
+from moe_engine.parallel.mesh import Mesh, build_mesh
+
+EXPERTS, WIDTH = 8, 5
+SCENES = ("random", "one expert", "holes", "idle rank", "dropped")
+LAYOUTS = [(1, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4), (1, 2, 2), (2, 2, 1), (2, 1, 2), (1, 4, 2), (1, 2, 4)]
+
+
+class Scene(NamedTuple):
+    """What a rank sends: rows in order of their experts; expert EXPERTS means dropped."""
+
+    rows: Tensor
+    experts: Tensor
+    upstream: Tensor
+
+
+def scene(name: str, rank: int) -> Scene:
+    draw = torch.Generator().manual_seed(100 + rank)
+    count = 7 + 3 * rank
+    experts = torch.randint(EXPERTS, (count,), generator=draw)
+    if name == "one expert":
+        experts = torch.full_like(experts, 5)
+    elif name == "holes":  # experts 0, 3 and the last one get nothing
+        experts = torch.tensor([1, 2, 4, 5, 6])[experts % 5]
+    elif name == "idle rank" and rank == 1:
+        experts = experts[:0]
+    elif name == "dropped":
+        experts[:: 2 if rank else 1] = EXPERTS  # rank 0 drops everything
+    rows = torch.randn(len(experts), WIDTH, generator=draw, dtype=torch.float64)
+    return Scene(rows, experts.sort().values, torch.randn(len(experts), WIDTH, generator=draw, dtype=torch.float64))
+
+
+def matrices(parts: int) -> Tensor:
+    """parts[tp, E, WIDTH, WIDTH]; an expert is the sum over the first dimension."""
+    draw = torch.Generator().manual_seed(5)
+    return torch.randn(parts, EXPERTS, WIDTH, WIDTH, generator=draw, dtype=torch.float64)
+
+
+def loop(mine: Scene, experts: Tensor) -> Tensor:
+    """Row by row, on one process; dropped rows come back as zeros."""
+    out = [row @ experts[e] if e < EXPERTS else torch.zeros(WIDTH).double() for row, e in zip(mine.rows, mine.experts)]
+    return torch.stack(out) if out else mine.rows.new_empty(0, WIDTH)
+
+
+def matrices_on_rank(rank: int, mesh: Mesh, name: str) -> None:
+    dp, ep, tp = mesh.dp.size, mesh.ep.size, mesh.tp.size
+    mine, local = scene(name, rank), EXPERTS // ep
+    parts = matrices(tp)
+    counts = torch.bincount(mine.experts, minlength=EXPERTS + 1)[:EXPERTS].int()
+    rows = mine.rows.clone().requires_grad_()
+    experts = parts[mesh.tp.rank][mesh.ep.cut(EXPERTS)].clone().requires_grad_()
+
+    rows_MD, expert_M, route = dispatch(rows, counts, mesh.ep, mesh.tp)
+    assert rows_MD.shape[0] == len(expert_M) and expert_M.dtype == torch.int32
+    padded = torch.cat([experts, experts.new_zeros(1, WIDTH, WIDTH)])  # expert L marks padding
+    y = combine(torch.einsum("md,mdh->mh", rows_MD, padded[expert_M.long()]), route, mesh.ep, mesh.tp)
+    y.backward(mine.upstream)
+
+    truth_rows = mine.rows.clone().requires_grad_()
+    truth = loop(mine._replace(rows=truth_rows), parts.sum(0))
+    torch.testing.assert_close(y, truth)
+    truth.backward(mine.upstream) if truth.requires_grad else None
+    torch.testing.assert_close(rows.grad, torch.zeros_like(rows) if truth_rows.grad is None else truth_rows.grad)
+
+    plane = [
+        r for r in range(dp * ep * tp) if r // (ep * tp) == rank // (ep * tp)
+    ]  # the ranks that share these experts
+    wanted = torch.zeros_like(experts)
+    for other in (scene(name, r) for r in plane):
+        for row, e, g in zip(other.rows, other.experts.tolist(), other.upstream):
+            if e < EXPERTS and e // local == mesh.ep.rank:
+                wanted[e % local] += torch.outer(row, g)
+    torch.testing.assert_close(experts.grad, wanted)
+
+
+def round_trip_on_rank(rank: int, mesh: Mesh, name: str) -> None:
+    """Without experts in between, what is not dropped comes back bit for bit (one tp rank alone contributes)."""
+    mine, plane = scene(name, rank), mesh.ep.size * mesh.tp.size
+    counts = torch.bincount(mine.experts, minlength=EXPERTS + 1)[:EXPERTS].int()
+    rows_MD, expert_M, route = dispatch(mine.rows, counts, mesh.ep, mesh.tp)
+    sent = torch.cat([scene(name, r).experts for r in range(mesh.world.size) if r // plane == rank // plane])
+    here = mesh.ep.cut(EXPERTS)
+    arrived = torch.bincount(expert_M, minlength=here.stop - here.start + 1)[: here.stop - here.start]
+    assert arrived.tolist() == torch.bincount(sent, minlength=EXPERTS + 1)[here].tolist()
+    back = combine(rows_MD if mesh.tp.rank == 0 else torch.zeros_like(rows_MD), route, mesh.ep, mesh.tp)
+    assert torch.equal(back, mine.rows * (mine.experts < EXPERTS).unsqueeze(1))
+
+
+@pytest.mark.parametrize(("dp", "ep", "tp"), LAYOUTS)
+@pytest.mark.parametrize("check", [matrices_on_rank, round_trip_on_rank])
+def test_each_row_meets_its_own_expert_and_comes_home(dp: int, ep: int, tp: int, check: Callable[..., None]):
+    def on_rank(rank: int) -> None:
+        mesh = build_mesh(dp, ep, tp)
+        for name in SCENES:
+            try:
+                check(rank, mesh, name)
+            except AssertionError as error:
+                error.add_note(f"in the scene {name!r}")
+                raise
+
+    run_on_ranks(on_rank, dp * ep * tp)
