@@ -14,7 +14,9 @@
 #include "simd.h"
 
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/mm.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <vector>

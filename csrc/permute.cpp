@@ -2,6 +2,9 @@
 // the order of the slots.
 #include "simd.h"
 
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
 #include <vector>
 
 namespace moe_engine {

@@ -1,6 +1,10 @@
 // router_topk on CPU. See moe_engine/ops/router_topk. The softmax is PyTorch's, so that the reference chooses the same experts.
 #include "simd.h"
 
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/softmax.h>
+
 #include <vector>
 
 namespace moe_engine {

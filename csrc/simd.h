@@ -5,12 +5,15 @@
 // loop is compiled once, for the baseline. Functions that such a loop calls are INLINE, so that they are compiled with it.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __linux__
 #include <sys/mman.h>

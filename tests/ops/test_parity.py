@@ -1,0 +1,132 @@
+"""Every op and every gradient, on both back-ends, against the reference in fp64, for each folder's cases."""
+
+import contextlib
+from collections.abc import Iterator
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_engine import ops
+from moe_engine.ops.case import Case
+
+FOLDERS = ["router_topk", "permute", "grouped_mm", "swiglu", "cross_entropy"]
+MODULES = {folder: import_module(f"moe_engine.ops.{folder}.cases") for folder in FOLDERS}
+CASES = [(folder, case) for folder, module in MODULES.items() for case in module.CASES]
+DIFFERENTIABLE = {"router_topk", "permute", "unpermute", "grouped_mm", "swiglu"}
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+BACKENDS = [
+    "reference",
+    pytest.param("compiled", marks=pytest.mark.skipif(not ops.compiled, reason="moe_engine._C was not built")),
+]
+
+
+@contextlib.contextmanager
+def dirty_memory() -> Iterator[None]:
+    """What an op allocates and does not write is NaN (or the largest integer), not the zeros of fresh memory."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run(case: Case, args: tuple, backend: str) -> list[Tensor]:
+    """The outputs of the op, then the gradients of its floating inputs for fixed random gradients of the outputs."""
+    args = with_grad(case, args)
+    with dirty_memory(), ops.use("reference") if backend == "reference" else contextlib.nullcontext():
+        outputs = case.op(*args)
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        roots = [out for out in outputs if out.requires_grad]
+        generator = torch.Generator().manual_seed(7)
+        seeds = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in roots]
+        leaves = [arg for arg in args if _floating(arg)]
+        grads = torch.autograd.grad(roots, leaves, seeds, allow_unused=True) if roots else []
+    return [out.detach() for out in outputs] + [grad for grad in grads if grad is not None]
+
+
+def _floating(arg: object) -> bool:
+    return isinstance(arg, Tensor) and arg.is_floating_point()
+
+
+def with_grad(case: Case, args: tuple) -> tuple:
+    differentiable = case.op.__name__ in DIFFERENTIABLE
+    return tuple(arg.detach().requires_grad_(differentiable) if _floating(arg) else arg for arg in args)
+
+
+def in_fp64(args: tuple) -> tuple:
+    return tuple(arg.double() if _floating(arg) else arg for arg in args)
+
+
+def assert_close(found: Tensor, truth: Tensor, tolerance: float) -> None:
+    assert found.shape == truth.shape
+    assert found.is_contiguous()
+    if not found.is_floating_point():
+        assert torch.equal(found, truth)
+        return
+    assert torch.equal(found.isnan(), truth.isnan())
+    found, truth = found.double().nan_to_num(), truth.nan_to_num()
+    assert torch.equal(found.isinf(), truth.isinf())
+    if truth.numel():
+        assert (found - truth).abs().max() <= tolerance * truth.abs().max().clamp(min=1e-30)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("folder", "case"), CASES, ids=lambda value: getattr(value, "name", value))
+def test_values_and_gradients(folder: str, case: Case, dtype: torch.dtype, backend: str) -> None:
+    args = case.inputs(dtype)
+    tolerance = MODULES[folder].TOLERANCE.get(dtype, MODULES[folder].TOLERANCE[torch.float32])
+    found, truth = run(case, args, backend), run(case, in_fp64(args), "reference")
+    assert len(found) == len(truth)
+    for one, other in zip(found, truth, strict=True):
+        assert_close(one, other, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("folder", "case"), CASES, ids=lambda value: getattr(value, "name", value))
+def test_two_runs_agree_bit_for_bit(folder: str, case: Case, dtype: torch.dtype) -> None:
+    first, second = (run(case, case.inputs(dtype), "compiled") for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+SMALL = [(folder, case) for folder, module in MODULES.items() for case in module.CASES[1:12:3]]
+
+
+@pytest.mark.parametrize(("folder", "case"), SMALL, ids=lambda value: getattr(value, "name", value))
+def test_schema_fake_and_autograd_registration(folder: str, case: Case) -> None:
+    args = case.inputs(torch.float32)
+    args = with_grad(case, tuple(arg.nan_to_num() if _floating(arg) else arg for arg in args))
+    result = torch.library.opcheck(getattr(torch.ops.moe_engine, case.op.__name__).default, args)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+GRADIENTS = {
+    "router_topk": "T13 E5 k3 renormalize bias",
+    "permute": "T7 D33 E5 k3 even",
+    "grouped_mm": "counts [3, 0, 5, 1] beyond 0 N7 K9",
+    "swiglu": "R3 F17 scale 1",
+}
+
+
+CHECKED = [
+    case
+    for folder, end in GRADIENTS.items()
+    for case in MODULES[folder].CASES
+    if case.name.endswith(end) and case.op.__name__ in DIFFERENTIABLE
+]
+
+
+@pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.name)
+def test_gradients_of_the_reference_equal_finite_differences(case: Case) -> None:
+    args = with_grad(case, case.inputs(torch.float64))
+    with ops.use("reference"):
+        assert torch.autograd.gradcheck(lambda *a: _only_floating(case.op(*a)), args)
+
+
+def _only_floating(outputs: Tensor | tuple) -> tuple:
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(out for out in outputs if out.is_floating_point())

@@ -1,0 +1,188 @@
+"""One training step against a peer, on this machine: `python tools/bench_step.py --peer transformers`
+
+The same 4-layer Mixtral (512 wide, vocabulary 8,192, 4 x 512 tokens a step) is trained by the engine and by the peer in
+one process, step by step in turn: forward, backward, clipping, AdamW. transformers runs each of its experts'
+implementations, and the fastest counts. In bf16 the engine steps fp32 master weights; transformers, as it comes, has
+none. Printed are medians, the ratio to the peer, and the share of a matrix product's ceiling measured in the same run.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+SEQUENCES, LENGTH, LAYERS, VOCAB = 4, 512, 4, 8192
+
+
+class Shape(NamedTuple):
+    """Experts of one layer."""
+
+    experts: int
+    width: int
+    top_k: int
+
+
+class Result(NamedTuple):
+    """Median seconds of a step; `share` of the measured matrix-product ceiling."""
+
+    name: str
+    seconds: float
+    tokens_per_s: float
+    share: float
+    ratio: float
+
+
+COARSE, FINE = Shape(8, 1792, 2), Shape(64, 256, 8)
+
+
+def model_config(shape: Shape):
+    """The benchmark's model as the engine's configuration."""
+    from moe_engine.config import Model
+
+    return Model(
+        vocab_size=VOCAB, hidden_size=512, intermediate_size=shape.width, num_hidden_layers=LAYERS,
+        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=LENGTH, num_local_experts=shape.experts,
+        num_experts_per_tok=shape.top_k, router_aux_loss="hf_mixtral", router_aux_loss_coef=0.01,
+    )  # fmt: skip
+
+
+def our_step(shape: Shape, precision: str, device) -> Callable[[], None]:
+    """A step of the engine as launch/pretrain_moe.py runs it on one rank."""
+    import torch
+
+    from moe_engine.config import Optimizer, Parallel, Run, Train
+    from moe_engine.data.loader import Batch
+    from moe_engine.model.transformer import Transformer
+    from moe_engine.parallel.mesh import Mesh
+    from moe_engine.parallel.weight import initialise
+    from moe_engine.train.step import train_step
+    from moe_engine.train.zero import ZeroEngine
+
+    run = Run(
+        model=model_config(shape),
+        parallel=Parallel(zero=0 if precision == "fp32" else 1),
+        optimizer=Optimizer(lr=1e-4),
+        train=Train(seq_length=LENGTH, micro_batch=SEQUENCES, global_batch=SEQUENCES, precision=precision),
+    )
+    mesh = Mesh()
+    with device:
+        model = Transformer(run.model, mesh)
+    initialise(model, 0)
+    engine = ZeroEngine(model, run, mesh)
+    tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), device=device)
+    positions = torch.arange(LENGTH, device=device).repeat(SEQUENCES, 1)
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, torch.zeros(SEQUENCES, dtype=torch.int64))
+    batch = Batch(*(field.to(device) for field in batch))
+    return lambda: float(train_step(engine, run.model, mesh, [batch], 1e-4).loss) and None
+
+
+def transformers_step(shape: Shape, precision: str, device, experts: str) -> Callable[[], None]:
+    """The same step by transformers' Mixtral with one of its experts' implementations and torch's fused AdamW."""
+    import torch
+    import transformers
+
+    config = transformers.MixtralConfig(
+        vocab_size=VOCAB, hidden_size=512, intermediate_size=shape.width, num_hidden_layers=LAYERS,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=LENGTH,
+        num_local_experts=shape.experts, num_experts_per_tok=shape.top_k, output_router_logits=True,
+        router_aux_loss_coef=0.01, use_cache=False,
+    )  # fmt: skip
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = transformers.MixtralForCausalLM(config).to(device, dtype)
+    model.set_experts_implementation(experts)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH), device=device)
+
+    def step() -> None:
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        float(loss)
+
+    return step
+
+
+def timed_in_turn(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, taken in turn so that a slow moment of the machine hits all of them."""
+    import torch
+
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat >= 2:  # the first two warm up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def bench(shape: Shape, precision: str, repeats: int) -> list[Result]:
+    """The engine's row, then the peer's implementations."""
+    import torch
+
+    from moe_engine.model.flops import step_flops_per_token
+    from moe_engine.parallel.mesh import Mesh
+    from moe_engine.train.peak import measured_ceiling
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = {"moe_engine": our_step(shape, precision, device)}
+    for experts in ("eager", "grouped_mm"):
+        if not (experts == "eager" and shape.experts > 16):  # its loop over 64 experts is never the fastest
+            steps[f"transformers {experts}"] = transformers_step(shape, precision, device, experts)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    ceiling = max(measured_ceiling(device, dtype, Mesh(), 0.5) for _ in range(3))
+    seconds = timed_in_turn(steps, repeats)
+    tokens = SEQUENCES * LENGTH
+    flops = tokens * step_flops_per_token(model_config(shape), LENGTH)
+    peer = min(value for name, value in seconds.items() if name != "moe_engine")
+    return [Result(name, s, tokens / s, flops / s / ceiling, peer / s) for name, s in seconds.items()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=["transformers"], default="transformers")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "both"], default="both")
+    parser.add_argument("--experts", choices=["8", "64", "both"], default="both")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    os.environ.update(LOCAL_RANK="0", OMP_NUM_THREADS=str(options.threads))
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(options.threads)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    rows = []
+    for shape in [s for s in (COARSE, FINE) if options.experts in (str(s.experts), "both")]:
+        for precision in [p for p in ("fp32", "bf16") if options.precision in (p, "both")]:
+            print(f"\n{shape.experts} experts of {shape.width}, top-{shape.top_k}, {precision}", flush=True)
+            for result in bench(shape, precision, options.repeats):
+                print(
+                    f"  {result.name:24} {1e3 * result.seconds:8.0f} ms  {result.tokens_per_s:7.0f} tokens/s  "
+                    f"{100 * result.share:5.1f} % of the ceiling  {result.ratio:5.2f}x the fastest peer",
+                    flush=True,
+                )
+                rows.append({"experts": shape.experts, "precision": precision, **result._asdict()})
+    if options.json:
+        machine = {"platform": platform.platform(), "torch": torch.__version__, "threads": options.threads}
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
