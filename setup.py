@@ -1,8 +1,8 @@
 """Builds csrc/ into moe_engine._C, the C++ kernels for CPU; everything else about the package is in pyproject.toml.
 
-The extension is optional: without a C++ compiler, or without torch in the build environment (pip's isolated builds), the
-package installs without it, says so in one line, and its ops run their plain torch definition. One build serves every
-processor of its architecture: csrc/simd.h chooses instruction sets when the library is opened.
+The extension is optional: without a C++ compiler, or without torch in the build environment (pip's isolated builds),
+the package installs without it, says so in one line, and its ops run their plain torch definition. One build serves
+every processor of its architecture: csrc/simd.h chooses instruction sets when the library is opened.
 
     pip install --no-build-isolation -e .       python setup.py build_ext --inplace
 """
@@ -34,7 +34,7 @@ def extension() -> dict:
             try:
                 super().build_extensions()
             except Exception as error:  # no compiler, an old one, no headers: the package works without
-                skip(f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}")
+                skip(" ".join(str(error).split()) or type(error).__name__)
                 self.extensions = []
 
         def get_outputs(self) -> list[str]:

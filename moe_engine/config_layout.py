@@ -93,6 +93,11 @@ def other_problems(run: Run) -> list[str]:
         problems.append(
             f"parallel.zero: found 3 with ep {parallel.ep}, expected 0, 1 or 2: ZeRO-3 works with ep 1 only"
         )
+    if parallel.zero == 0 and train.precision == "bf16":
+        problems.append(
+            "parallel.zero: found 0 with precision bf16, expected 1, 2 or 3: DeepSpeed keeps fp32 master weights from "
+            "stage 1 on"
+        )
     if parallel.zero == 0 and parallel.offload_optimizer:
         problems.append("parallel.offload_optimizer: found true with zero 0, expected zero 1, 2 or 3")
     if train.seq_length > model.max_position_embeddings:

@@ -18,6 +18,6 @@ class ConfigError(EngineError):
 
 
 class DataError(EngineError):
-    """What the user's files hold cannot be used: bad rows, an empty corpus, token ids out of range. Exit code 65 (EX_DATAERR)."""
+    """What the user's files hold cannot be used: bad rows, no text, ids out of range. Exit code 65 (EX_DATAERR)."""
 
     exit_code = 65

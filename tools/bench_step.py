@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,6 +40,7 @@ class Result(NamedTuple):
     ratio: float
 
 
+PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
 COARSE, FINE = Shape(8, 1792, 2), Shape(64, 256, 8)
 
 
@@ -54,7 +55,7 @@ def model_config(shape: Shape):
     )  # fmt: skip
 
 
-def our_step(shape: Shape, precision: str, device) -> Callable[[], None]:
+def our_step(shape: Shape, precision: Literal["fp32", "bf16"], device) -> Callable[[], Any]:
     """A step of the engine as launch/pretrain_moe.py runs it on one rank."""
     import torch
 
@@ -79,12 +80,14 @@ def our_step(shape: Shape, precision: str, device) -> Callable[[], None]:
     engine = ZeroEngine(model, run, mesh)
     tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), device=device)
     positions = torch.arange(LENGTH, device=device).repeat(SEQUENCES, 1)
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, torch.zeros(SEQUENCES, dtype=torch.int64))
+    batch = Batch(
+        tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, torch.zeros(SEQUENCES, dtype=torch.int64)
+    )
     batch = Batch(*(field.to(device) for field in batch))
-    return lambda: float(train_step(engine, run.model, mesh, [batch], 1e-4).loss) and None
+    return lambda: train_step(engine, run.model, mesh, [batch], 1e-4)
 
 
-def transformers_step(shape: Shape, precision: str, device, experts: str) -> Callable[[], None]:
+def transformers_step(shape: Shape, precision: str, device, experts: str) -> Callable[[], Any]:
     """The same step by transformers' Mixtral with one of its experts' implementations and torch's fused AdamW."""
     import torch
     import transformers
@@ -112,7 +115,7 @@ def transformers_step(shape: Shape, precision: str, device, experts: str) -> Cal
     return step
 
 
-def timed_in_turn(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+def timed_in_turn(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each, taken in turn so that a slow moment of the machine hits all of them."""
     import torch
 
@@ -128,7 +131,7 @@ def timed_in_turn(steps: dict[str, Callable[[], None]], repeats: int) -> dict[st
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def bench(shape: Shape, precision: str, repeats: int) -> list[Result]:
+def bench(shape: Shape, precision: Literal["fp32", "bf16"], repeats: int) -> list[Result]:
     """The engine's row, then the peer's implementations."""
     import torch
 
@@ -168,7 +171,7 @@ def main() -> int:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     rows = []
     for shape in [s for s in (COARSE, FINE) if options.experts in (str(s.experts), "both")]:
-        for precision in [p for p in ("fp32", "bf16") if options.precision in (p, "both")]:
+        for precision in PRECISIONS if options.precision == "both" else [options.precision]:
             print(f"\n{shape.experts} experts of {shape.width}, top-{shape.top_k}, {precision}", flush=True)
             for result in bench(shape, precision, options.repeats):
                 print(

@@ -1,4 +1,4 @@
-"""Does every layout give the numbers of one process? `python tools/verify_layout.py [--fast] [--config FILE] [--world N]`
+"""Does every layout give the numbers of one process? `python tools/verify_layout.py [--fast] [--config FILE]`
 
 Trains a small MoE on every (dp, ep, tp) of up to 8 local ranks, for ZeRO 0, 1, 2, accumulation 1 and 4, and a balancing
 loss per micro-batch and per global batch, with clipping active, ragged labels and one expert that never gets a token.

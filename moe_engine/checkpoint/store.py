@@ -113,7 +113,8 @@ class Reader:
         for name, expected in self.manifest["files"].items():
             if not (folder / name).is_file() or _digest(folder / name) != expected:
                 raise DataError(
-                    f"{folder / name}: missing, cut short or changed since it was written; resume from another checkpoint"
+                    f"{folder / name}: missing, cut short or changed since it was written; "
+                    "resume from another checkpoint"
                 )
         self.files = {name: safe_open(folder / name, "pt") for name in self.manifest["files"]}
         self.pieces: dict[str, list[tuple[str, int, Piece]]] = {}
@@ -132,7 +133,8 @@ class Reader:
             found += piece.length
         if found != torch.Size(shape).numel():
             raise DataError(
-                f"{self.folder}: {name} has {found} elements here, {torch.Size(shape).numel()} in the run; was the model changed?"
+                f"{self.folder}: {name} has {found} elements here and {torch.Size(shape).numel()} in the run; "
+                "resume with the model that wrote it"
             )
         out = torch.empty(shape)
         for box, flat in boxes.items():
@@ -143,7 +145,8 @@ class Reader:
     def extra(self, rank: int) -> dict[str, Tensor]:
         """The small tensors that rank `rank` of the writing run stored."""
         opened = self.files[_rank_file(rank)]
-        return {key.removeprefix("extra/"): opened.get_tensor(key) for key in opened.keys() if key.startswith("extra/")}
+        names = [key for key in opened.keys() if key.startswith("extra/")]  # noqa: SIM118 (not a dict)
+        return {name.removeprefix("extra/"): opened.get_tensor(name) for name in names}
 
 
 def _rank_file(rank: int) -> str:

@@ -19,7 +19,7 @@ from moe_engine.parallel.mesh import Mesh
 
 
 class Places(NamedTuple):
-    """What attention knows of the tokens of a micro-batch: cos, sin [B, 1, S, C]; mask bool [B, 1, S, S] or None = causal."""
+    """What attention knows of a micro-batch: cos, sin [B, 1, S, C]; mask bool [B, 1, S, S], or None = causal."""
 
     cos: Tensor
     sin: Tensor

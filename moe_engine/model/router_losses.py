@@ -87,6 +87,8 @@ def z_loss(stats: RouterStats) -> Tensor:
 def router_loss(config: Model, stats: RouterStats, load_NE: Tensor | None = None) -> Tensor:
     """What one micro-batch adds to the objective per token: aux_coef * balance + z_coef * z."""
     total = stats.prob_NBE.new_zeros(())
+    if not len(stats.prob_NBE):  # a dense model
+        return total
     if config.router_aux_loss != "none" and config.router_aux_loss_coef:
         total = total + config.router_aux_loss_coef * balance_loss(
             config.router_aux_loss, stats, config.num_experts_per_tok, load_NE

@@ -36,7 +36,7 @@ class RowLinear(nn.Module):
 
 
 class VocabEmbedding(nn.Module):
-    """x[T, D]{tp} = the rows of weight[V/tp, D] that this rank holds, zero for ids of other ranks; the caller reduces."""
+    """x[T, D]{tp} = the rows of weight[V/tp, D] that this rank holds, zero for other ids; the caller reduces."""
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: Axis, std: float):
         super().__init__()

@@ -11,6 +11,7 @@ One rank is the degenerate mesh: every axis has size 1 and no group.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,7 @@ def build_mesh(dp: int, ep: int, tp: int) -> Mesh:
     axes = {}
     for name, groups in rank_lists(dp, ep, tp).items():
         for ranks in groups:
-            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            group: Any = dist.new_group(ranks) if len(ranks) > 1 else None
             if me in ranks:
                 axes[name] = Axis(name, len(ranks), ranks.index(me), group)
     return Mesh(**axes)

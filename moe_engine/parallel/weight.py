@@ -22,7 +22,7 @@ CHUNK = 1 << 22  # elements drawn at a time; bounds the int64 scratch to 32 MiB
 
 @dataclass(frozen=True)
 class WeightNote:
-    """shape: of the whole weight.  cut: dimension -> axis.  std: of the normal it starts from, or None to start at `fill`.
+    """shape: of the whole weight.  cut: dimension -> axis.  std: of its normal start; None: it starts at `fill`.
 
     expert: the weight is owned by one rank of the ep axis, so that its gradient is reduced over dp, not over data.
     """

@@ -40,9 +40,10 @@ def batch_lines(run: Run) -> list[str]:
     total = tokens * train.steps
     flops = tokens * step_flops_per_token(run.model, train.seq_length)
     return [
-        f"layout      {run.world_size} ranks = dp {parallel.dp} x ep {parallel.ep} x tp {parallel.tp}, ZeRO {parallel.zero}, {train.precision}",
-        f"batch       {train.global_batch} sequences = micro_batch {train.micro_batch} x accumulation {train.accumulation} "
-        f"x {run.data_ranks} data ranks",
+        f"layout      {run.world_size} ranks = dp {parallel.dp} x ep {parallel.ep} x tp {parallel.tp}, "
+        f"ZeRO {parallel.zero}, {train.precision}",
+        f"batch       {train.global_batch} sequences = micro_batch {train.micro_batch} "
+        f"x accumulation {train.accumulation} x {run.data_ranks} data ranks",
         f"tokens      {tokens:,} a step, {total:,} in {train.steps:,} steps",
         f"compute     {flops:.3e} FLOPs a step (matrix products, forward and backward)",
     ]
@@ -53,14 +54,14 @@ def corpus_lines(run: Run) -> list[str]:
     if not run.data.domains:
         if run.model.vocab_size < 257:
             raise DataError(
-                f"model.vocab_size {run.model.vocab_size} is too small for the default corpus, which has 257 ids (bytes and an "
-                "end of document); set model.vocab_size >= 257 or give --data"
+                f"model.vocab_size {run.model.vocab_size} is too small for the default corpus, which has 257 ids "
+                "(bytes and an end of document); set model.vocab_size >= 257 or give --data"
             )
         return ["data        the Python standard library's own sources, as bytes (prepared when the run starts)"]
     train, held_out = open_corpus(run)
     weight = sum(domain.weight for domain in train)
     lines = [
-        f"data        {domain.name}: {domain.dataset.tokens:,} tokens, drawn {100 * domain.weight / weight:.1f} % of the time"
+        f"data        {domain.name}: {domain.dataset.tokens:,} tokens, {100 * domain.weight / weight:.1f} % of draws"
         for domain in train
     ]
     return [*lines, f"held out    {sum(domain.dataset.tokens for domain in held_out):,} tokens"]

@@ -69,7 +69,7 @@ def build(
 
 
 def fit(trainer: Trainer) -> None:
-    """Train to the last step, with evaluation and checkpoints on the way. EngineError after five skipped steps in a row."""
+    """Train to the last step, evaluating and saving on the way. EngineError after five skipped steps in a row."""
     run, log = trainer.run, trainer.log
     start = resume(trainer)
     log.truncate_after(start)
@@ -89,8 +89,8 @@ def fit(trainer: Trainer) -> None:
             log.warn(f"step {step + 1} skipped ({skipped} in a row), {report.skipped}")
         if skipped == MAX_SKIPPED:
             raise EngineError(
-                f"{MAX_SKIPPED} steps in a row were skipped, the last because {report.skipped}; the weights are those of step "
-                f"{step + 1 - MAX_SKIPPED}. Lower --lr, look at the data of these steps, or resume from an earlier checkpoint."
+                f"{MAX_SKIPPED} steps in a row were skipped, the last because {report.skipped}; the weights are still "
+                f"those of step {step + 1 - MAX_SKIPPED}. Lower --lr, or look at the data of these steps"
             )
         last = step + 1 == run.train.steps
         if (last or (step + 1) % run.train.eval_every == 0) and trainer.held_out:
@@ -121,12 +121,11 @@ def row(
         "tokens_per_s": tokens / seconds,
         "mfu": flops / seconds / (peak * trainer.mesh.world.size),
         "step_s": seconds,
-        "skipped": report.skipped is not None,
         "domain_loss": {name: loss for name, loss in domains.items() if not math.isnan(loss)},
         "moe_layers": [i for i in range(run.model.num_hidden_layers) if run.model.is_moe(i)],
         "expert_load": report.load_NE.tolist(),
         "dropped": [int(n) for n in report.dropped_N.tolist()],
-    }
+    } | ({"skipped": report.skipped} if report.skipped else {})
 
 
 def resume(trainer: Trainer) -> int:

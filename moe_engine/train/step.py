@@ -59,7 +59,7 @@ class Tally:
 
     @torch.no_grad()
     def add(self, batch: Batch, loss: Tensor, loss_T: Tensor, stats: RouterStats, share: float, load: Tensor | None):
-        """One micro-batch: its part of the objective, token losses, router statistics and share of the routed tokens."""
+        """One micro-batch: its part of the objective, token losses, router statistics, share of the routed tokens."""
         config = self.config
         per_sequence = torch.stack([loss_T.view(batch.labels_BS.shape).sum(1), (batch.labels_BS != IGNORE).sum(1)], 1)
         self.domain_D2.index_add_(0, batch.domain_B, per_sequence.double())

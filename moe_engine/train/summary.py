@@ -22,7 +22,9 @@ def write_summary(out: Path, run: Run) -> list[str]:
         *lines,
         "",
         f"loss curve   {picture}",
-        f"metrics      {out / 'metrics.jsonl'}    TensorBoard: tensorboard --logdir {out / 'tensorboard'} --host 127.0.0.1",
+        f"metrics      {out / 'metrics.jsonl'}",
+        f"TensorBoard  tensorboard --logdir {out / 'tensorboard'} --host 127.0.0.1",
         f"checkpoint   {out / 'checkpoints'}",
-        f"next         more steps: --out {out} --resume auto --steps {2 * run.train.steps}; your own text: tools/prepare_data.py, then --data",
+        f"more steps   --out {out} --resume auto --steps {2 * run.train.steps}",
+        "your text    tools/prepare_data.py --help, then --data FOLDER",
     ]

@@ -10,6 +10,8 @@ stage 0 replicates everything, 1 cuts the optimizer states, 2 the gradients too,
 are then ordinary weights). Losses arrive already divided by the global token count, so `backward` undoes the average.
 """
 
+import contextlib
+import io
 import logging
 import math
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ from moe_engine.parallel.weight import note_of
 
 
 class StepOutcome(NamedTuple):
-    """grad_norm: global, before clipping; not finite when the step was skipped.  bad: names of non-finite gradients here."""
+    """grad_norm: global, before clipping; nan when the step was skipped.  bad: names of non-finite gradients here."""
 
     grad_norm: float
     skipped: bool
@@ -37,7 +39,7 @@ class StepOutcome(NamedTuple):
 
 
 class OwnedSlice(NamedTuple):
-    """This rank's part of one parameter's training state: elements [start, start + numel) of the flattened local weight."""
+    """This rank's part of one parameter's state: elements [start, start + numel) of the flattened local weight."""
 
     name: str
     start: int
@@ -66,13 +68,14 @@ class ZeroEngine:
             fused=True,
         )
         carrier = _Carrier(model, run.model.num_local_experts if self.by_expert else 0)
-        self.engine, *_ = deepspeed.initialize(
-            model=carrier,
-            optimizer=optimizer,  # pyright: ignore[reportArgumentType]
-            config=_deepspeed_config(run, mesh),
-            mpu=_ModelParallelUnit(mesh) if mesh.tp.size > 1 else None,
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures
+            self.engine: Any = deepspeed.initialize(
+                model=carrier,
+                optimizer=optimizer,  # pyright: ignore[reportArgumentType]
+                config=_deepspeed_config(run, mesh),
+                mpu=_ModelParallelUnit(mesh) if mesh.tp.size > 1 else None,
+                dist_init_required=False,
+            )[0]
         # the object that keeps flat fp32 partitions; stage 0 in fp32 steps the weights themselves
         self.flat: Any = None if self.stage == 0 and run.train.precision == "fp32" else self.engine.optimizer
         for router in self.routers:  # DeepSpeed cast every buffer to bf16; biases are fp32, and zero at this point
@@ -96,7 +99,7 @@ class ZeroEngine:
         self.engine.eval()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate the gradient of this rank's part of the global mean loss; `last` marks the step's last micro-batch."""
+        """Add the gradient of this rank's part of the global mean loss; `last` marks the step's last micro-batch."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.mesh.data.size, scale_wrt_gas=False)
 
@@ -141,7 +144,7 @@ class ZeroEngine:
                 yield OwnedSlice(name, start, flat.data[part], moments, first_copy)
 
     def _place(self, parameter: Any) -> tuple[Tensor, slice, int] | None:
-        """Where this rank's fp32 part of a parameter lies: the flat partition, the part of it, the first element's number."""
+        """Where this rank's fp32 part of a parameter lies: flat partition, part of it, number of its first element."""
         if self.stage == 3:
             group, offset, padded = self.flat.grad_position[self.flat.get_param_id(parameter)]
             start = self.mesh.data.rank * padded
@@ -238,7 +241,7 @@ class _Carrier(nn.Module):
 
 
 class _ExpertsMarker(DeepSpeedMoE):
-    """DeepSpeed asks for an instance of its own MoE layer before it keeps expert groups apart; this one holds nothing."""
+    """DeepSpeed keeps expert groups apart only if it sees an instance of its own MoE layer; this one holds nothing."""
 
     def __init__(self, num_experts: int):
         nn.Module.__init__(self)

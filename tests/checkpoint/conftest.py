@@ -1,3 +1,7 @@
-"""Imports that forked ranks would otherwise pay one by one."""
+"""Imports that forked ranks would otherwise pay one by one: DeepSpeed's engine loads torch's compiler on first use."""
 
-import torch.distributed.tensor  # noqa: F401 (torch.testing and DeepSpeed load it on first use)
+import deepspeed.runtime.zero.muon.muon_optimizer
+import torch._dynamo
+import torch.distributed.tensor
+
+import moe_engine.train.zero  # noqa: F401

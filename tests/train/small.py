@@ -1,15 +1,21 @@
 """A small MoE, its batches and its engine, for the tests of training; every function runs on one rank."""
 
+import random
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_engine.config import Model, Optimizer, Parallel, Run, Train
+from moe_engine.config import Data, Domain, Model, Optimizer, Parallel, Run, Train
 from moe_engine.data.loader import Batch
+from moe_engine.data.prepare import Options, prepare
+from moe_engine.log import Logger
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, note_of
+from moe_engine.train.corpus import open_corpus
+from moe_engine.train.loop import Trainer, build
 from moe_engine.train.zero import ZeroEngine
 
 SEQUENCES, LENGTH = 16, 8
@@ -40,8 +46,12 @@ def global_batch(step: int, vocab_size: int = MODEL.vocab_size) -> Batch:
     """Random tokens of two domains; sequences have very different numbers of labels."""
     draw = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(vocab_size, (SEQUENCES, LENGTH + 1), generator=draw)
-    labels = tokens[:, 1:].masked_fill(torch.arange(LENGTH) >= torch.randint(1, LENGTH + 1, (SEQUENCES, 1), generator=draw), -100)
-    return Batch(tokens[:, :-1].contiguous(), labels, torch.arange(LENGTH).expand(SEQUENCES, LENGTH), torch.arange(SEQUENCES) % 2)
+    labels = tokens[:, 1:].masked_fill(
+        torch.arange(LENGTH) >= torch.randint(1, LENGTH + 1, (SEQUENCES, 1), generator=draw), -100
+    )
+    return Batch(
+        tokens[:, :-1].contiguous(), labels, torch.arange(LENGTH).expand(SEQUENCES, LENGTH), torch.arange(SEQUENCES) % 2
+    )
 
 
 def my_batches(run: Run, mesh: Mesh, step: int) -> list[Batch]:
@@ -76,3 +86,33 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     size = float(theirs.double().norm())
     difference = float((ours.double() - theirs.double()).norm())
     return difference / size if size else (0.0 if difference == 0 else float("inf"))
+
+
+def make_corpus(folder: Path) -> Path:
+    """Two domains of random words as bytes: no window occurs twice."""
+    draw = random.Random(0)
+    for name, words in (
+        ("prose", "the of and to in is was that for on"),
+        ("code", "def return if else import x y z = ( )"),
+    ):
+        text = " ".join(f"{draw.choice(words.split())}{draw.randrange(10**6)}" for _ in range(1500))
+        (folder / f"{name}.txt").write_text(text)
+    files = {name: [folder / f"{name}.txt"] for name in ("prose", "code")}
+    prepare(files, folder / "tokens", None, Options(eval_fraction=0.1), quiet=True)
+    return folder / "tokens"
+
+
+def loop_run(
+    corpus: Path, out: Path, layout: tuple[int, int, int], *, settings: dict[str, Any] | None = None, **train: Any
+) -> Run:
+    """A run of the loop on the corpus above; `settings` are run_of's."""
+    run = run_of(*layout, **{"model": {"vocab_size": 264}} | (settings or {}))
+    domains = (Domain(name="prose", path=str(corpus), weight=3), Domain(name="code", path=str(corpus), weight=1))
+    changes = {"out": str(out), "steps": 10, "eval_every": 100, "save_every": 100, "eval_batches": 2} | train
+    return run.model_copy(update={"data": Data(domains=domains), "train": run.train.model_copy(update=changes)})
+
+
+def trainer_of(run: Run, mesh: Mesh) -> Trainer:
+    """What launch/pretrain_moe.py builds, quietly."""
+    log = Logger(Path(run.train.out), mesh.world.rank == 0, run.train.steps, quiet=True)
+    return build(run, mesh, torch.device("cpu"), *open_corpus(run), log)

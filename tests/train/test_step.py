@@ -52,7 +52,9 @@ def plain_steps(run: Run, steps: int) -> Iterator[Truth]:
     for step in range(steps):
         batch = global_batch(step, run.model.vocab_size)
         parts = [Batch(*(x[i : i + size] for x in batch)) for i in range(0, len(batch.tokens_BS), size)]
-        outputs = [(model.logits(b.tokens_BS, b.positions_BS), *model(b.tokens_BS, b.positions_BS, b.labels_BS)) for b in parts]
+        outputs = [
+            (model.logits(b.tokens_BS, b.positions_BS), *model(b.tokens_BS, b.positions_BS, b.labels_BS)) for b in parts
+        ]
         lm = F.cross_entropy(torch.cat([logits for logits, _, _ in outputs]), batch.labels_BS.flatten())
         loss, aux = lm, torch.zeros(())
         if run.model.num_moe_layers:
@@ -139,8 +141,6 @@ def test_report_is_the_same_on_all_ranks_and_counts_everything():
     assert report["tokens"] == int((batch.labels_BS != -100).sum())
     assert sum(report["load_NE"][0]) == pytest.approx(1.0)
     assert 0 < report["dropped_N"][0] < batch.tokens_BS.numel() * 2
-    model = transformer_of(run, Mesh()).eval()
-    model.config.__dict__  # noqa: B018
     per_domain = report["domain_loss_D"]
     assert per_domain[2] != per_domain[2] and per_domain[0] != per_domain[1]
     counts = [(batch.labels_BS[d::2] != -100).sum().item() for d in (0, 1)]
@@ -156,7 +156,9 @@ def test_domain_losses_are_means_over_their_own_tokens():
 
     def on_rank(rank: int) -> list[float]:
         mesh = build_mesh(2, 1, 1)
-        return train_step(engine_of(run, mesh), run.model, mesh, my_batches(run, mesh, 0), 1e-2, 2).domain_loss_D.tolist()
+        return train_step(
+            engine_of(run, mesh), run.model, mesh, my_batches(run, mesh, 0), 1e-2, 2
+        ).domain_loss_D.tolist()
 
     for losses in run_on_ranks(on_rank, 2):
         assert losses == pytest.approx(wanted, rel=1e-5)
@@ -202,13 +204,19 @@ def test_evaluate_is_the_mean_over_all_tokens():
 
 def test_global_balance_needs_no_second_truth():
     """Accumulation 4 equals accumulation 1 for the global loss; the loss per micro-batch is another number."""
-    for name, same in (("global_batch", True), ("micro_batch", False)):
-        values = []
-        for accumulation in (1, 4):
-            run = run_of(accumulation=accumulation, model={"router_aux_loss": name})
-            engine = engine_of(run, Mesh())
-            values.append(train_step(engine, run.model, Mesh(), my_batches(run, Mesh(), 0), 1e-2, 2).aux_loss)
-        assert (values[0] == pytest.approx(values[1], rel=1e-5)) == same
+
+    def on_rank(rank: int) -> dict[str, list[float]]:
+        values: dict[str, list[float]] = {}
+        for name in ("global_batch", "micro_batch"):
+            for accumulation in (1, 4):
+                run = run_of(accumulation=accumulation, model={"router_aux_loss": name})
+                report = train_step(engine_of(run, Mesh()), run.model, Mesh(), my_batches(run, Mesh(), 0), 1e-2, 2)
+                values.setdefault(name, []).append(report.aux_loss)
+        return values
+
+    (values,) = run_on_ranks(on_rank, 1)
+    assert values["global_batch"][0] == pytest.approx(values["global_batch"][1], rel=1e-6)
+    assert values["micro_batch"][0] != pytest.approx(values["micro_batch"][1], rel=1e-3)
 
 
 def test_model_of_the_tests_routes_unevenly():
@@ -216,4 +224,4 @@ def test_model_of_the_tests_routes_unevenly():
     batch = global_batch(0)
     _, packed = transformer_of(run_of(), Mesh())(batch.tokens_BS, batch.positions_BS, batch.labels_BS)
     count = unpack_stats(packed).count_NBE.sum((0, 1))
-    assert len(count) == MODEL.num_local_experts and count.max() > 1.3 * count.min() > 0
+    assert len(count) == MODEL.num_local_experts and count.max() > 1.1 * count.min() > 0

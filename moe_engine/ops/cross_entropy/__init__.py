@@ -6,8 +6,9 @@ This shard's columns are the token ids first_id .. first_id + V - 1 (first_id = 
     joined over the shards:     lse = log(sum) + max,  loss = lse - target
     dlogits_TV = grad * (exp(logits - lse) - onehot(label))
 
-A label of -100 is not counted: its target is 0 and its row of dlogits exactly 0. A label of another shard gives a target
-of 0 here, which a sum over the shards completes. Neither op is differentiable: the loss joins the shards between them.
+A label of -100 is not counted: its target is 0 and its row of dlogits exactly 0. A label of another shard gives a
+target of 0 here, which a sum over the shards completes. Neither op is differentiable: the loss joins the shards between
+them.
 """
 
 import torch
@@ -26,7 +27,7 @@ def cross_entropy_stats(logits_TV: Tensor, label_T: Tensor, first_id: int) -> tu
 
 
 def cross_entropy_grad(logits_TV: Tensor, label_T: Tensor, first_id: int, lse_T: Tensor, grad_T: Tensor) -> Tensor:
-    """dlogits_TV in the dtype of logits. lse_T, grad_T: fp32, the log-sum-exp over all shards and the loss's gradient."""
+    """dlogits_TV in the dtype of logits. lse_T and grad_T: fp32, log-sum-exp over the shards and loss gradient."""
     _check(logits_TV, label_T)
     return torch.ops.moe_engine.cross_entropy_grad(logits_TV, label_T, first_id, lse_T, grad_T)
 

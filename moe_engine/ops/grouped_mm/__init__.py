@@ -6,8 +6,8 @@
     dx[rows of e] = dy[rows of e] @ w[e]             grouped_mm_dx
     dw[e]         = dy[rows of e].T @ x[rows of e]   grouped_mm_dw
 
-Rows past sum(counts) give exactly 0 in y and dx and never reach dw, whatever they hold; an expert without rows gets a dw
-of exactly 0 (torch.nn.functional.grouped_mm leaves such rows uninitialised). Sums are fp32 or wider.
+Rows past sum(counts) give exactly 0 in y and dx and never reach dw, whatever they hold; an expert without rows gets a
+dw of exactly 0 (torch.nn.functional.grouped_mm leaves such rows uninitialised). Sums are fp32 or wider.
 """
 
 import torch
@@ -23,7 +23,7 @@ _dw = torch.library.custom_op("moe_engine::grouped_mm_dw", reference.grouped_mm_
 def grouped_mm(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
     """y_RN: each expert's rows times its matrix. Differentiable in x and w.
 
-    x_RK, w_ENK: one floating dtype. counts_E: int32, rows per expert, sum <= R. Raises ValueError where these disagree."""
+    x_RK, w_ENK: one floating dtype. counts_E: int32, rows per expert, sum <= R. Raises ValueError if these disagree."""
     if x_RK.dim() != 2 or w_ENK.dim() != 3 or x_RK.shape[1] != w_ENK.shape[2] or x_RK.dtype != w_ENK.dtype:
         raise ValueError(
             f"found x {tuple(x_RK.shape)} {x_RK.dtype} and w {tuple(w_ENK.shape)} {w_ENK.dtype}, "

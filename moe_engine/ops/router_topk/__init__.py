@@ -4,8 +4,9 @@
     index_TK = top k of probs (+ bias_E)             best first, ties to the lowest index
     weight_TK = probs[index] (/ their sum)           from the unbiased probs; divided if `renormalize`
 
-The bias (balancing without an aux loss, arXiv 2408.15664) only picks: neither the weights nor a gradient pass through it.
-Gradients reach the logits from the weights and from probs. Mixtral's softmax over the top-2 logits is `renormalize`.
+The bias (balancing without an aux loss, arXiv 2408.15664) only picks: the weights do not contain it and it gets no
+gradient. Gradients reach the logits from the weights and from probs. Mixtral's softmax over the top-2 logits is
+`renormalize`.
 """
 
 import torch
