@@ -94,10 +94,10 @@ MULTIVERSION void store(const float* from, Bits* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) narrow(from[i], to[i]);
 }
 
-// Ask for a block of memory that the kernel will read in an order that the processor does not foresee.
-void prefetch(const Bits* from, int64_t ld, int64_t rows, int64_t columns) {
+// Read a block of memory in order, so that the processor streams it into its cache before the kernel hops over its rows.
+void stream(const Bits* from, int64_t ld, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r++) {
-    for (int64_t c = 0; c < columns; c += 32) __builtin_prefetch(from + r * ld + c, 0, 2);
+    for (int64_t c = 0; c < columns; c += 32) *static_cast<const volatile Bits*>(from + r * ld + c);
   }
 }
 
@@ -167,7 +167,7 @@ void forward(const Bits* x, const Bits* w, Bits* y, int64_t n, int64_t k, const 
     int64_t e = task / tasks, n0 = task % tasks * kTall, tall = std::min(kTall, n - n0);
     if (groups.rows(e) == 0) return;
     const Bits* rows = w + (e * n + n0) * k;
-    prefetch(rows, k, tall, k);
+    stream(rows, k, tall, k);
     alignas(64) float c[kTall * kPanel], turned[kTall * kPanel];
     for (int64_t i = groups.first_block[e]; i < groups.first_block[e + 1]; i++) {
       const Block& b = groups.blocks[i];
@@ -203,7 +203,7 @@ void backward_x(const Bits* grad, const Bits* w, Bits* dx, int64_t total, int64_
       for (int64_t d = 0; d < depth; d += kPanel) {
         const Bits* rows = w + (e * n + n0 + d) * k + k0;
         int64_t some = std::min(kPanel, depth - d);
-        prefetch(rows, k, some, wide);
+        stream(rows, k, some, wide);
         for (int64_t p = 0; p < wide; p += kPanel) {
           pack_rows(rows + p, k, panel.get() + (p * depth + d * kPanel) / 2, kPanel, some, some, std::min(kPanel, wide - p));
         }
@@ -211,7 +211,7 @@ void backward_x(const Bits* grad, const Bits* w, Bits* dx, int64_t total, int64_
       for (int64_t i = groups.first_block[e]; i < groups.first_block[e + 1]; i++) {
         const Block& b = groups.blocks[i];
         auto [a, lda] = left_operand(grad + b.row * n + n0, n, b, depth, total, copy);
-        prefetch(a, lda, b.padded, depth);
+        stream(a, lda, b.padded, depth);
         for (int64_t p = 0; p < wide; p += kPanel) {
           multiply(b.padded, std::min(kPanel, wide - p), depth, a, lda, panel.get() + p * depth / 2, kPanel,
                    c.get() + (b.row - first) * kWide + p, kWide, n0 > 0);

@@ -11,6 +11,7 @@ Relative errors are 2-norms of differences over 2-norms, per parameter. The last
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe_engine.config import Model, Optimizer, Parallel, Run, Train
+from moe_engine.config_cli import load_run
 from moe_engine.data.loader import Batch
+from moe_engine.errors import ConfigError
 from moe_engine.model.router_losses import balance_loss, router_loss, unpack_stats
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks
@@ -113,7 +116,7 @@ def build(model: Model, mesh: Mesh) -> Transformer:
 def starve_one_expert(routers: Iterator[nn.Module]) -> None:
     for module in routers:
         if isinstance(bias := getattr(module, "expert_bias", None), Tensor):
-            bias[3] = -10.0
+            bias[-1] = -10.0
 
 
 def reference(model: Model, case: Case) -> Trace:
@@ -217,10 +220,10 @@ def verify(model: Model, cases: list[Case]) -> float:
         group = [case for case in cases if case.world == world]
         for case in group:
             # a global loss does not depend on micro-batches, so its one truth is the whole batch at once
-            size = case.micro_batch if case.aux == "micro_batch" else SEQUENCES
+            size = SEQUENCES if case.aux == "global_batch" else case.micro_batch
             if (case.aux, size) not in truths:
                 truths[case.aux, size] = reference(model, Case(1, 1, 1, 0, SEQUENCES // size, case.aux))
-        work = [(c, truths[c.aux, c.micro_batch if c.aux == "micro_batch" else SEQUENCES]) for c in group]
+        work = [(c, truths[c.aux, SEQUENCES if c.aux == "global_batch" else c.micro_batch]) for c in group]
         per_rank = run_on_ranks(check_rank, world, model, work, timeout=3600)
         for i, case in enumerate(group):
             errors = Errors(*(max(column) for column in zip(*(rank[i] for rank in per_rank), strict=True)))
@@ -234,14 +237,47 @@ def verify(model: Model, cases: list[Case]) -> float:
     return worst
 
 
+ROUTING = (
+    "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "router_aux_loss",
+    "router_aux_loss_coef", "router_z_loss_coef", "tie_word_embeddings", "rope_scaling", "rope_theta",
+)  # fmt: skip
+
+
+def shrunk(run: Run) -> tuple[Model, list[Case]]:
+    """The user's own run on at most 8 local ranks: routing, losses and layout kept, sizes small, dp cut to what fits."""
+    parallel = run.parallel
+    if parallel.ep * parallel.tp > 8 or parallel.zero == 3:
+        raise ConfigError(
+            f"ep {parallel.ep} x tp {parallel.tp}, ZeRO {parallel.zero}: verified are ep * tp <= 8, ZeRO 0 to 2"
+        )
+    dp = min(parallel.dp, 8 // (parallel.ep * parallel.tp))
+    most = SEQUENCES // (dp * parallel.ep)
+    aux = "micro_batch" if run.model.router_aux_loss == "none" else run.model.router_aux_loss
+    accumulation = max(a for a in range(1, min(run.train.accumulation, most) + 1) if most % a == 0)
+    model = SMALL.model_copy(update={name: getattr(run.model, name) for name in ROUTING})
+    return model, [Case(dp, parallel.ep, parallel.tp, parallel.zero, accumulation, aux)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help=f"{len(FAST)} layouts of up to 4 ranks")
     parser.add_argument("--world", type=int, default=8, help="largest number of ranks")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--config", help="your run instead: its layout and routing at small sizes; other flags as in launch/"
+    )
+    options, rest = parser.parse_known_args()
     torch.set_num_threads(1)
-    cases = FAST if options.fast else all_cases(options.world)
-    return int(verify(SMALL, cases) > LIMIT)
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    try:
+        if options.config or rest:
+            config = ["--config", options.config] if options.config else []
+            model, cases = shrunk(load_run(config + rest, None))
+        else:
+            model, cases = SMALL, FAST if options.fast else all_cases(options.world)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return int(verify(model, cases) > LIMIT)
 
 
 if __name__ == "__main__":
