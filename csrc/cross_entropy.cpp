@@ -24,8 +24,12 @@ INLINE void scaled_softmax(const T* __restrict row, W lse, W grad, T* __restrict
   for (int64_t i = 0; i < count; i++) narrow(grad * fast_exp(widen(row[i]) - lse), out[i]);
 }
 
-MULTIVERSION void reduce_row(const float* row, int64_t n, float* largest, float* total) { reduce(row, n, largest, total); }
-MULTIVERSION void reduce_row(const Bits* row, int64_t n, float* largest, float* total) { reduce(row, n, largest, total); }
+MULTIVERSION void reduce_row(const float* row, int64_t n, float* largest, float* total) {
+  reduce(row, n, largest, total);
+}
+MULTIVERSION void reduce_row(const Bits* row, int64_t n, float* largest, float* total) {
+  reduce(row, n, largest, total);
+}
 void reduce_row(const double* row, int64_t n, double* largest, double* total) { reduce(row, n, largest, total); }
 
 MULTIVERSION void softmax_row(const float* row, float lse, float grad, float* out, int64_t n) {
@@ -46,7 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_stats(const Tensor& logits_, co
   Tensor logits = logits_.contiguous(), label = label_.contiguous();
   int64_t tokens = logits.size(0), vocabulary = logits.size(1);
   auto options = logits.options().dtype(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  Tensor largest = at::empty({tokens}, options), total = at::empty({tokens}, options), target = at::empty({tokens}, options);
+  Tensor largest = at::empty({tokens}, options), total = at::empty({tokens}, options),
+         target = at::empty({tokens}, options);
   by_dtype(logits.scalar_type(), "cross_entropy_stats", [&](auto zero) {
     using T = decltype(zero);
     using W = Wide<T>;
@@ -63,12 +68,13 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_stats(const Tensor& logits_, co
   return {largest, total, target};
 }
 
-Tensor cross_entropy_grad(
-    const Tensor& logits_, const Tensor& label_, int64_t first_id, const Tensor& lse_, const Tensor& grad_) {
+Tensor cross_entropy_grad(const Tensor& logits_, const Tensor& label_, int64_t first_id, const Tensor& lse_,
+                          const Tensor& grad_) {
   Tensor logits = logits_.contiguous(), label = label_.contiguous();
   int64_t tokens = logits.size(0), vocabulary = logits.size(1);
   auto dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  Tensor lse = lse_.to(dtype).contiguous(), grad = grad_.to(dtype).contiguous(), out = empty(logits.sizes(), logits.options());
+  Tensor lse = lse_.to(dtype).contiguous(), grad = grad_.to(dtype).contiguous(),
+         out = empty(logits.sizes(), logits.options());
   by_dtype(logits.scalar_type(), "cross_entropy_grad", [&](auto zero) {
     using T = decltype(zero);
     using W = Wide<T>;

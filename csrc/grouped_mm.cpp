@@ -1,16 +1,16 @@
 // grouped_mm on CPU. See moe_engine/ops/grouped_mm.
 //
-// In general each expert is one at::mm. For bf16 where oneDNN has kernels for small matrices (AVX512-BF16, AMX), what limits
-// at::mm is the copying around them, so we call the kernels ourselves. The threads take tasks (expert, block of the
-// weight) in order; a weight is read once, activations are packed once.
+// In general each expert is one at::mm. For bf16 where oneDNN has kernels for small matrices (AVX512-BF16, AMX), what
+// limits at::mm is the copying around them, so we call the kernels ourselves. The threads take tasks (expert, block of
+// the weight) in order; a weight is read once, activations are packed once.
 //
 //   forward  y.T = w x.T     w is read where it lies, x.T is packed, y.T is turned on the way out
 //   dx       dx = dy w       dy is read where it lies, the task packs its columns of w
 //   dw       dw = dy.T x     both are packed
 //
-// An expert's rows are cut into blocks padded to a few fixed sizes: oneDNN compiles a kernel for each new size, and experts
-// have a different number of rows at each step. A panel, the kernel's right operand, is packed in words: two numbers
-// that are neighbours in the summed dim.
+// An expert's rows are cut into blocks padded to a few fixed sizes: oneDNN compiles a kernel for each new size, and
+// experts have a different number of rows at each step. A panel, the kernel's right operand, is packed in words: two
+// numbers that are neighbours in the summed dim.
 #include "simd.h"
 
 #include <ATen/native/CPUBlas.h>
@@ -25,13 +25,13 @@ namespace moe_engine {
 namespace {
 
 using at::Tensor;
-constexpr int64_t kPanel = 64;   // columns of a panel
-constexpr int64_t kDepth = 1024; // summed elements of one kernel call
-constexpr int64_t kTall = 128;   // rows of one kernel call
-constexpr int64_t kWide = 256;   // columns of a task of dx
-constexpr int64_t kFlat = 64;    // rows of a task of dw
-constexpr int64_t kSpan = 2048;  // columns that a task of dw holds in fp32
-constexpr int64_t kChunk = 256;  // rows of an expert that dw sums in one kernel call
+constexpr int64_t kPanel = 64;    // columns of a panel
+constexpr int64_t kDepth = 1024;  // summed elements of one kernel call
+constexpr int64_t kTall = 128;    // rows of one kernel call
+constexpr int64_t kWide = 256;    // columns of a task of dx
+constexpr int64_t kFlat = 64;     // rows of a task of dw
+constexpr int64_t kSpan = 2048;   // columns that a task of dw holds in fp32
+constexpr int64_t kChunk = 256;   // rows of an expert that dw sums in one kernel call
 
 typedef uint32_t Vector __attribute__((vector_size(64)));
 typedef uint32_t Loose __attribute__((vector_size(64), aligned(2), may_alias));
@@ -78,7 +78,8 @@ MULTIVERSION void pair_up(const Bits* first, const Bits* second, Word* to, int64
 }
 
 // to[r/2][c] = the pair from[r][c], from[r+1][c]; rows from `rows` to `padded`, even, are 0
-void pack_rows(const Bits* from, int64_t ld_from, Word* to, int64_t ld_to, int64_t rows, int64_t padded, int64_t columns) {
+void pack_rows(const Bits* from, int64_t ld_from, Word* to, int64_t ld_to, int64_t rows, int64_t padded,
+               int64_t columns) {
   for (int64_t r = 0; r < padded; r += 2, to += ld_to, from += 2 * ld_from) {
     if (r + 1 < rows) {
       pair_up(from, from + ld_from, to, columns);
@@ -94,10 +95,10 @@ MULTIVERSION void store(const float* from, Bits* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) narrow(from[i], to[i]);
 }
 
-// Read a block of memory in order, so that the processor streams it into its cache before the kernel hops over its rows.
-void stream(const Bits* from, int64_t ld, int64_t rows, int64_t columns) {
+// Ask for a block of memory that the kernel reads in an order that the processor does not foresee.
+void prefetch(const Bits* from, int64_t ld, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r++) {
-    for (int64_t c = 0; c < columns; c += 32) *static_cast<const volatile Bits*>(from + r * ld + c);
+    for (int64_t c = 0; c < columns; c += 32) __builtin_prefetch(from + r * ld + c, 0, 2);
   }
 }
 
@@ -161,13 +162,14 @@ void forward(const Bits* x, const Bits* w, Bits* y, int64_t n, int64_t k, const 
   auto packed = buffer<uint32_t>(groups.padded * depth);
   share(groups.blocks.size(), [&](int64_t i) {
     const Block& b = groups.blocks[i];
-    transpose(reinterpret_cast<const Word*>(x + b.row * k), depth, packed.get() + b.offset * depth, b.padded, b.rows, depth);
+    transpose(reinterpret_cast<const Word*>(x + b.row * k), depth, packed.get() + b.offset * depth, b.padded, b.rows,
+              depth);
   });
   share(groups.experts() * tasks, [&](int64_t task) {
     int64_t e = task / tasks, n0 = task % tasks * kTall, tall = std::min(kTall, n - n0);
     if (groups.rows(e) == 0) return;
     const Bits* rows = w + (e * n + n0) * k;
-    stream(rows, k, tall, k);
+    prefetch(rows, k, tall, k);
     alignas(64) float c[kTall * kPanel], turned[kTall * kPanel];
     for (int64_t i = groups.first_block[e]; i < groups.first_block[e + 1]; i++) {
       const Block& b = groups.blocks[i];
@@ -203,15 +205,16 @@ void backward_x(const Bits* grad, const Bits* w, Bits* dx, int64_t total, int64_
       for (int64_t d = 0; d < depth; d += kPanel) {
         const Bits* rows = w + (e * n + n0 + d) * k + k0;
         int64_t some = std::min(kPanel, depth - d);
-        stream(rows, k, some, wide);
+        prefetch(rows, k, some, wide);
         for (int64_t p = 0; p < wide; p += kPanel) {
-          pack_rows(rows + p, k, panel.get() + (p * depth + d * kPanel) / 2, kPanel, some, some, std::min(kPanel, wide - p));
+          pack_rows(rows + p, k, panel.get() + (p * depth + d * kPanel) / 2, kPanel, some, some,
+                    std::min(kPanel, wide - p));
         }
       }
       for (int64_t i = groups.first_block[e]; i < groups.first_block[e + 1]; i++) {
         const Block& b = groups.blocks[i];
         auto [a, lda] = left_operand(grad + b.row * n + n0, n, b, depth, total, copy);
-        stream(a, lda, b.padded, depth);
+        prefetch(a, lda, b.padded, depth);
         for (int64_t p = 0; p < wide; p += kPanel) {
           multiply(b.padded, std::min(kPanel, wide - p), depth, a, lda, panel.get() + p * depth / 2, kPanel,
                    c.get() + (b.row - first) * kWide + p, kWide, n0 > 0);
@@ -249,8 +252,8 @@ void backward_w(const Bits* grad, const Bits* x, Bits* dw, int64_t n, int64_t k,
       for (int64_t k0 = s0; k0 < s1; k0 += kPanel) {
         for (int64_t i = groups.first_block[e]; i < groups.first_block[e + 1]; i++) {
           const Block& b = groups.blocks[i];
-          multiply(flat, std::min(kPanel, s1 - k0), b.padded, grads.get() + (b.offset * n + n0 * b.padded) / 2, b.padded,
-                   xs.get() + (b.offset * ld_x + k0 * b.padded) / 2, kPanel, c.get() + k0 - s0, span,
+          multiply(flat, std::min(kPanel, s1 - k0), b.padded, grads.get() + (b.offset * n + n0 * b.padded) / 2,
+                   b.padded, xs.get() + (b.offset * ld_x + k0 * b.padded) / 2, kPanel, c.get() + k0 - s0, span,
                    i > groups.first_block[e]);
         }
       }
@@ -323,8 +326,10 @@ Tensor grouped_mm_dw(const Tensor& grad_, const Tensor& x_, const Tensor& counts
   }
   for (int64_t e = 0; e < groups.experts(); e++) {
     Tensor out = dw.select(0, e), rows = grad.narrow(0, groups.start[e], groups.rows(e));
-    if (groups.rows(e)) at::mm_out(out, rows.t(), x.narrow(0, groups.start[e], groups.rows(e)));
-    else out.zero_();
+    if (groups.rows(e))
+      at::mm_out(out, rows.t(), x.narrow(0, groups.start[e], groups.rows(e)));
+    else
+      out.zero_();
   }
   return dw;
 }

@@ -1,5 +1,5 @@
-// sort_by_expert, permute and unpermute on CPU. See moe_engine/ops/permute. Each output row has one writer, which adds in
-// the order of the slots.
+// sort_by_expert, permute and unpermute on CPU. See moe_engine/ops/permute. Each output row has one writer, which adds
+// in the order of the slots.
 #include "simd.h"
 
 #include <ATen/ops/empty_like.h>
@@ -40,8 +40,12 @@ INLINE void round_to(const W* __restrict sum, T* __restrict to, int64_t count) {
   for (int64_t i = 0; i < count; i++) narrow(sum[i], to[i]);
 }
 
-MULTIVERSION void add(const float* row, float w, float* sum, int64_t n, bool first) { accumulate(row, w, sum, n, first); }
-MULTIVERSION void add(const Bits* row, float w, float* sum, int64_t n, bool first) { accumulate(row, w, sum, n, first); }
+MULTIVERSION void add(const float* row, float w, float* sum, int64_t n, bool first) {
+  accumulate(row, w, sum, n, first);
+}
+MULTIVERSION void add(const Bits* row, float w, float* sum, int64_t n, bool first) {
+  accumulate(row, w, sum, n, first);
+}
 void add(const double* row, double w, double* sum, int64_t n, bool first) { accumulate(row, w, sum, n, first); }
 
 MULTIVERSION void finish(const float* sum, Bits* to, int64_t n) { round_to(sum, to, n); }
@@ -88,7 +92,8 @@ Tensor permute(const Tensor& x_, const Tensor& token_of_row_, const Tensor&) {
   Tensor out = empty({rows, x.size(1)}, x.options());
   const int32_t* token = data<int32_t>(token_of_row);
   at::parallel_for(0, rows, grain(bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) std::memcpy(output<char>(out) + r * bytes, data<char>(x) + token[r] * bytes, bytes);
+    for (int64_t r = begin; r < end; r++)
+      std::memcpy(output<char>(out) + r * bytes, data<char>(x) + token[r] * bytes, bytes);
   });
   return out;
 }
@@ -119,7 +124,9 @@ Tensor gather_sum(const Tensor& rows_, const Tensor& weight, const Tensor& row_o
   return y;
 }
 
-Tensor permute_backward(const Tensor& grad_rows, const Tensor& row_of) { return gather_sum(grad_rows, Tensor(), row_of); }
+Tensor permute_backward(const Tensor& grad_rows, const Tensor& row_of) {
+  return gather_sum(grad_rows, Tensor(), row_of);
+}
 
 at::ScalarType wide(const Tensor& tensor) { return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
@@ -127,8 +134,8 @@ Tensor unpermute(const Tensor& rows, const Tensor& weight, const Tensor& row_of)
   return gather_sum(rows, weight.to(wide(rows)).contiguous(), row_of);
 }
 
-std::tuple<Tensor, Tensor> unpermute_backward(
-    const Tensor& grad_, const Tensor& rows_, const Tensor& weight_, const Tensor& row_of_) {
+std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_, const Tensor& rows_, const Tensor& weight_,
+                                              const Tensor& row_of_) {
   Tensor grad = grad_.contiguous(), rows = rows_.contiguous(), row_of = row_of_.contiguous();
   Tensor weight = weight_.to(wide(rows)).contiguous();
   int64_t tokens = row_of.size(0), k = row_of.size(1), width = rows.size(1);
@@ -142,8 +149,10 @@ std::tuple<Tensor, Tensor> unpermute_backward(
         T* to = output<T>(grad_rows) + at;
         Wide<T>* dot = output<Wide<T>>(grad_weight) + i;
         *dot = 0;
-        if (w == 0) std::memset(to, 0, width * sizeof(T));
-        else *dot = spread(data<T>(grad) + i / k * width, w, to, data<T>(rows) + at, width);
+        if (w == 0)
+          std::memset(to, 0, width * sizeof(T));
+        else
+          *dot = spread(data<T>(grad) + i / k * width, w, to, data<T>(rows) + at, width);
       }
     });
   });

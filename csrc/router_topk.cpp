@@ -1,4 +1,5 @@
-// router_topk on CPU. See moe_engine/ops/router_topk. The softmax is PyTorch's, so that the reference chooses the same experts.
+// router_topk on CPU. See moe_engine/ops/router_topk. The softmax is PyTorch's, so that the reference chooses the same
+// experts.
 #include "simd.h"
 
 #include <ATen/Dispatch.h>
@@ -19,7 +20,8 @@ bool before(T a, T b) {
 }
 
 template <typename T>
-void select(const T* probs, const T* bias, int64_t experts, int64_t k, bool renormalize, T* weight, int32_t* index, T* score) {
+void select(const T* probs, const T* bias, int64_t experts, int64_t k, bool renormalize, T* weight, int32_t* index,
+            T* score) {
   int64_t found = 0;
   for (int64_t e = 0; e < experts; e++) {
     T candidate = bias ? probs[e] + bias[e] : probs[e];
@@ -50,11 +52,12 @@ void differentiate(const T* grad_weight, const T* grad_probs, const int32_t* ind
   for (int64_t e = 0; e < experts; e++) grad[e] = probs[e] * (grad[e] - sum);
 }
 
-std::tuple<Tensor, Tensor, Tensor> router_topk(
-    const Tensor& logits, int64_t k, bool renormalize, const std::optional<Tensor>& bias_or_none) {
+std::tuple<Tensor, Tensor, Tensor> router_topk(const Tensor& logits, int64_t k, bool renormalize,
+                                               const std::optional<Tensor>& bias_or_none) {
   Tensor probs = at::softmax(logits, -1).contiguous();
   int64_t tokens = probs.size(0), experts = probs.size(1);
-  Tensor weight = at::empty({tokens, k}, probs.options()), index = at::empty({tokens, k}, probs.options().dtype(at::kInt));
+  Tensor weight = at::empty({tokens, k}, probs.options()),
+         index = at::empty({tokens, k}, probs.options().dtype(at::kInt));
   Tensor bias = bias_or_none ? bias_or_none->to(probs.scalar_type()).contiguous() : Tensor();
   AT_DISPATCH_FLOATING_TYPES(probs.scalar_type(), "router_topk", [&] {
     const scalar_t* b = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
@@ -77,9 +80,10 @@ Tensor router_topk_backward(const Tensor& grad_weight_, const Tensor& grad_probs
   AT_DISPATCH_FLOATING_TYPES(probs.scalar_type(), "router_topk_backward", [&] {
     at::parallel_for(0, probs.size(0), 256, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++) {
-        differentiate(grad_weight.const_data_ptr<scalar_t>() + t * k, grad_probs.const_data_ptr<scalar_t>() + t * experts,
-                      index.const_data_ptr<int32_t>() + t * k, probs.const_data_ptr<scalar_t>() + t * experts, experts, k,
-                      renormalize, grad.data_ptr<scalar_t>() + t * experts);
+        differentiate(grad_weight.const_data_ptr<scalar_t>() + t * k,
+                      grad_probs.const_data_ptr<scalar_t>() + t * experts, index.const_data_ptr<int32_t>() + t * k,
+                      probs.const_data_ptr<scalar_t>() + t * experts, experts, k, renormalize,
+                      grad.data_ptr<scalar_t>() + t * experts);
       }
     });
   });

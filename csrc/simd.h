@@ -1,8 +1,9 @@
 // What the CPU kernels share: loops compiled for several instruction sets, bf16 conversion, exp, large outputs.
 //
 // MULTIVERSION marks a plain loop that the compiler vectorises once for each listed instruction set; the loader picks
-// the version when the library is opened, so that one build runs on every x86-64 machine. Elsewhere (aarch64, clang) the
-// loop is compiled once, for the baseline. Functions that such a loop calls are INLINE, so that they are compiled with it.
+// the version when the library is opened, so that one build runs on every x86-64 machine. Elsewhere (aarch64, clang)
+// the loop is compiled once, for the baseline. Functions that such a loop calls are INLINE, so that they are compiled
+// with it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -97,7 +98,8 @@ T* output(const at::Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// An uninitialised tensor. Large ones ask for huge pages: the first touch of fresh small ones costs more than filling them.
+// An uninitialised tensor. Large ones ask for huge pages: the first touch of fresh small ones costs more than filling
+// them.
 inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor out = at::empty(sizes, options);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

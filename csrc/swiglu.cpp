@@ -24,8 +24,12 @@ INLINE void differentiate(const T* __restrict grad, const T* __restrict gate, co
   }
 }
 
-MULTIVERSION void forward_row(const float* gate_up, float* y, int64_t width) { activate(gate_up, gate_up + width, y, width); }
-MULTIVERSION void forward_row(const Bits* gate_up, Bits* y, int64_t width) { activate(gate_up, gate_up + width, y, width); }
+MULTIVERSION void forward_row(const float* gate_up, float* y, int64_t width) {
+  activate(gate_up, gate_up + width, y, width);
+}
+MULTIVERSION void forward_row(const Bits* gate_up, Bits* y, int64_t width) {
+  activate(gate_up, gate_up + width, y, width);
+}
 void forward_row(const double* gate_up, double* y, int64_t width) { activate(gate_up, gate_up + width, y, width); }
 
 MULTIVERSION void backward_row(const float* grad, const float* gate_up, float* out, int64_t width) {
@@ -45,7 +49,8 @@ Tensor swiglu(const Tensor& gate_up_) {
   by_dtype(gate_up.scalar_type(), "swiglu", [&](auto zero) {
     using T = decltype(zero);
     at::parallel_for(0, rows, 1 + 8192 / (width + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++) forward_row(data<T>(gate_up) + 2 * r * width, output<T>(y) + r * width, width);
+      for (int64_t r = begin; r < end; r++)
+        forward_row(data<T>(gate_up) + 2 * r * width, output<T>(y) + r * width, width);
     });
   });
   return y;
@@ -59,7 +64,8 @@ Tensor swiglu_backward(const Tensor& grad_, const Tensor& gate_up_) {
     using T = decltype(zero);
     at::parallel_for(0, rows, 1 + 4096 / (width + 1), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) {
-        backward_row(data<T>(grad) + r * width, data<T>(gate_up) + 2 * r * width, output<T>(out) + 2 * r * width, width);
+        backward_row(data<T>(grad) + r * width, data<T>(gate_up) + 2 * r * width, output<T>(out) + 2 * r * width,
+                     width);
       }
     });
   });

@@ -178,10 +178,11 @@ def check_case(run: Run, case: Case, truth: Trace) -> Errors:
     for step in range(STEPS):
         batch, size = global_batch(run.model, step), case.micro_batch
         order = [(a * mesh.data.size + mesh.data.rank) * size for a in range(case.accumulation)]
-        tally = accumulate(engine, run.model, mesh, [cut(batch, i, size) for i in order])
+        micros = [cut(batch, i, size) for i in order]
+        tally = accumulate(engine, run.model, mesh, micros)
         for name, gradient in engine.gradients().items() if step == 0 else ():
             gradient_error = max(gradient_error, relative(gradient, truth.gradients[name][mine[name][1]]))
-        report = finish(engine, run.model, mesh, tally, run.optimizer.lr)
+        report = finish(engine, run.model, mesh, micros, tally, run.optimizer.lr)
         norm_error = max(norm_error, abs(report.grad_norm / truth.norms[step] - 1))
         aux_error = max(aux_error, abs(report.aux_loss / truth.aux[step] - 1))
     weights_error = max(relative(p.detach(), truth.weights[name][at]) for name, (p, at) in mine.items())
@@ -244,7 +245,7 @@ ROUTING = (
 
 
 def shrunk(run: Run) -> tuple[Model, list[Case]]:
-    """The user's own run on at most 8 local ranks: routing, losses and layout kept, sizes small, dp cut to what fits."""
+    """The user's run on at most 8 local ranks: routing, losses and layout kept, sizes small, dp cut to what fits."""
     parallel = run.parallel
     if parallel.ep * parallel.tp > 8 or parallel.zero == 3:
         raise ConfigError(
@@ -262,9 +263,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help=f"{len(FAST)} layouts of up to 4 ranks")
     parser.add_argument("--world", type=int, default=8, help="largest number of ranks")
-    parser.add_argument(
-        "--config", help="your run instead: its layout and routing at small sizes; other flags as in launch/"
-    )
+    parser.add_argument("--config", help="your run: its layout and routing at small sizes; other flags as in launch/")
     options, rest = parser.parse_known_args()
     torch.set_num_threads(1)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -107,7 +107,12 @@ class Reader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        try:
+            self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        except ValueError as error:
+            raise DataError(
+                f"{folder / 'manifest.json'}: not JSON ({error}); resume from another checkpoint"
+            ) from error
         if self.manifest.get("format") != FORMAT:
             raise DataError(f"{folder}: format {self.manifest.get('format')}, this version reads format {FORMAT}")
         for name, expected in self.manifest["files"].items():

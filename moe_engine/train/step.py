@@ -95,7 +95,7 @@ def train_step(
 ) -> StepReport:
     """One step on this data rank's micro-batches (already on the device); collective over all ranks."""
     tally = accumulate(engine, config, mesh, batches, domains)
-    return finish(engine, config, mesh, tally, lr)
+    return finish(engine, config, mesh, batches, tally, lr)
 
 
 def accumulate(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], domains: int = 1) -> Tally:
@@ -120,12 +120,13 @@ def accumulate(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batc
     return tally
 
 
-def finish(engine: ZeroEngine, config: Model, mesh: Mesh, tally: Tally, lr: float) -> StepReport:
+def finish(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], tally: Tally, lr: float) -> StepReport:
     """Clip and step, or skip on all ranks; reduce and report what was measured."""
     finite = bool(tally.flat[0].isfinite())
     sum_(tally.flat, mesh.data)
     outcome = engine.step(lr)
-    report = tally.report(outcome, who_is_bad(engine, mesh, finite, outcome.bad) if outcome.skipped else None)
+    why = why_skipped(engine, config, mesh, batches, tally, finite) if outcome.skipped else None
+    report = tally.report(outcome, why)
     if config.expert_bias_update_rate and not outcome.skipped:
         move_expert_biases(engine.routers, report.load_NE, config.expert_bias_update_rate)
     return report
@@ -156,22 +157,39 @@ def poison_if_not_finite(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def who_is_bad(engine: ZeroEngine, mesh: Mesh, finite: bool, bad: list[str]) -> str:
+def why_skipped(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], tally: Tally, finite: bool) -> str:
     """One line that names the ranks and parameters behind a skipped step; collective over all ranks.
 
-    Of several bad gradients the one nearest to the loss is named: backward met it first.
+    finite: whether this rank's loss was. If every rank's loss is finite the micro-batches are differentiated once
+    more, without touching the engine's gradients: a healthy step pays nothing for the names. Of several
+    bad gradients of a rank the one nearest to the loss is named: backward met it first.
     """
+    loss_is_bad = gather_rows(torch.tensor([0 if finite else 1], device=engine.device), mesh.world).tolist()
+    if any(loss_is_bad):
+        return "not finite: the loss on rank " + ", ".join(str(rank) for rank, bad in enumerate(loss_is_bad) if bad)
     names = list(engine.names.values())
-    mine = torch.tensor([[0 if finite else 1, names.index(bad[-1]) if bad else -1, len(bad)]], device=engine.device)
-    lines = []
-    for rank, (loss_bad, first, count) in enumerate(gather_rows(mine, mesh.world).tolist()):
-        if loss_bad:
-            lines.append(f"the loss on rank {rank}")
-        elif first >= 0:
-            lines.append(
-                f"the gradient of {names[first]} on rank {rank}" + (f" (and {count - 1} more)" if count > 1 else "")
-            )
-    return "not finite: " + ("; ".join(lines) or "the global gradient norm, although every gradient is finite")
+    bad = bad_gradients(engine, config, batches, load_share(tally.count_NE).float())
+    mine = torch.tensor([[bad[-1] if bad else -1, len(bad)]], device=engine.device)
+    found = [
+        f"the gradient of {names[first]} on rank {rank}" + (f" (and {count - 1} more)" if count > 1 else "")
+        for rank, (first, count) in enumerate(gather_rows(mine, mesh.world).tolist())
+        if count
+    ]
+    return "not finite: " + ("; ".join(found) or "the gradient norm; computed again, every gradient is finite")
+
+
+def bad_gradients(engine: ZeroEngine, config: Model, batches: list[Batch], load_NE: Tensor) -> list[int]:
+    """Places in `engine.names` of the parameters whose gradient on this rank, before any reduction, is not finite.
+
+    ZeRO-3 holds no whole weights to differentiate for: the list is empty.
+    """
+    bad: set[int] = set()
+    for batch in batches if engine.stage < 3 else ():
+        loss_T, packed = engine.model(batch.tokens_BS, batch.positions_BS, batch.labels_BS)
+        loss = loss_T.sum() + router_loss(config, unpack_stats(packed), load_NE)
+        gradients = torch.autograd.grad(loss, list(engine.names), allow_unused=True)
+        bad |= {i for i, grad in enumerate(gradients) if grad is not None and not bool(grad.isfinite().all())}
+    return sorted(bad)
 
 
 @torch.no_grad()

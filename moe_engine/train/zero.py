@@ -31,11 +31,10 @@ from moe_engine.parallel.weight import note_of
 
 
 class StepOutcome(NamedTuple):
-    """grad_norm: global, before clipping; nan when the step was skipped.  bad: names of non-finite gradients here."""
+    """grad_norm: global, before clipping; nan when it was not finite and the step was skipped, on all ranks alike."""
 
     grad_norm: float
     skipped: bool
-    bad: list[str]
 
 
 class OwnedSlice(NamedTuple):
@@ -53,6 +52,7 @@ class ZeroEngine:
 
     def __init__(self, model: nn.Module, run: Run, mesh: Mesh):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.model = model
         self.mesh, self.stage, self.clip = mesh, run.parallel.zero, run.optimizer.clip_grad
         self.names = {p: name for name, p in model.named_parameters()}
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
@@ -82,9 +82,6 @@ class ZeroEngine:
             if router.expert_bias is not None:
                 router.expert_bias = router.expert_bias.float()
         self.device = next(iter(self.names)).device
-        self.bad_gradient = torch.zeros(len(self.names), dtype=torch.bool, device=self.device)
-        for i, parameter in enumerate(self.names):
-            parameter.register_hook(lambda grad, i=i: self._watch(i, grad))
 
     def forward(self, *inputs: Tensor | None) -> Any:
         """The model's forward under DeepSpeed's hooks."""
@@ -107,15 +104,13 @@ class ZeroEngine:
         """Clip by the global norm and step at `lr`; skipped on all ranks alike when the norm is not finite."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        bad = [name for name, is_bad in zip(self.names.values(), self.bad_gradient.tolist(), strict=True) if is_bad]
-        self.bad_gradient.zero_()
         if self.flat is None:
-            return self._step_replicated(bad)
+            return self._step_replicated()
         skipped_before = self.engine.skipped_steps
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         skipped = self.engine.skipped_steps > skipped_before
-        return StepOutcome(math.nan if skipped else norm, skipped, bad)
+        return StepOutcome(math.nan if skipped else norm, skipped)
 
     def gradients(self) -> dict[str, Tensor]:
         """The complete gradient of every local weight, fp32, after the last backward and before `step`; collective."""
@@ -180,28 +175,25 @@ class ZeroEngine:
         elif self.flat is not None:
             self.flat.update_lp_params()
 
-    def _step_replicated(self, bad: list[str]) -> StepOutcome:
+    def _step_replicated(self) -> StepOutcome:
         """Stage 0: gradients are whole on every rank; DeepSpeed offers no norm for them, so it is taken here."""
         squares = {axis: torch.zeros((), dtype=torch.float64, device=self.device) for axis in ("", "tp", "ep", "ep tp")}
         for parameter in self.names:
             note, grad = note_of(parameter), parameter.grad
             if grad is not None:
                 cut = " ".join(a for a, is_cut in (("ep", note.expert), ("tp", note.tensor_parallel)) if is_cut)
-                squares[cut] += grad.double().square().sum()
+                squares[cut] += torch.linalg.vector_norm(grad, dtype=torch.float32).double().square()
         for cut in squares:
             for axis in cut.split():
                 sum_(squares[cut], self.mesh.ep if axis == "ep" else self.mesh.tp)
         norm = float(sum(squares.values()) ** 0.5)  # pyright: ignore[reportArgumentType]
         if not math.isfinite(norm):
             self.engine.optimizer.zero_grad()
-            return StepOutcome(math.nan, True, bad)
+            return StepOutcome(math.nan, True)
         if self.clip and norm > self.clip:
             torch._foreach_mul_([p.grad for p in self.names if p.grad is not None], self.clip / (norm + 1e-6))
         self.engine.step()
-        return StepOutcome(norm, False, bad)
-
-    def _watch(self, index: int, grad: Tensor) -> None:
-        self.bad_gradient[index] |= ~torch.isfinite(grad.sum(dtype=torch.float32))
+        return StepOutcome(norm, False)
 
     def _mark(self, parameter: nn.Parameter) -> None:
         """DeepSpeed's own attributes for expert and tensor-parallel parameters, from the weight's note."""

@@ -50,15 +50,15 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return out
 
 
-SAME: list[tuple[Layout, dict[str, Any]]] = [
+SAME = [
     ((2, 2, 1), {"zero": 2, "model": BIASED}),
     ((2, 2, 1), {"zero": 2, "model": BIASED, "precision": "bf16"}),
     ((2, 1, 2), {"zero": 1, "model": BIASED}),
     ((1, 1, 1), {"zero": 0, "model": BIASED}),
-    ((2, 2, 1), {"zero": 0, "model": BIASED}),
-    ((2, 1, 1), {"zero": 1, "model": BIASED, "precision": "bf16"}),
-    ((2, 1, 1), {"zero": 3, "model": BIASED}),
-    ((2, 1, 1), {"zero": 2, "model": BIASED, "offload_optimizer": True}),
+    pytest.param(*((2, 2, 1), {"zero": 0, "model": BIASED}), marks=pytest.mark.slow),
+    pytest.param(*((2, 1, 1), {"zero": 1, "model": BIASED, "precision": "bf16"}), marks=pytest.mark.slow),
+    pytest.param(*((2, 1, 1), {"zero": 3, "model": BIASED}), marks=pytest.mark.slow),
+    pytest.param(*((2, 1, 1), {"zero": 2, "model": BIASED, "offload_optimizer": True}), marks=pytest.mark.slow),
 ]
 
 
@@ -72,7 +72,7 @@ def test_same_layout_is_bit_exact(corpus: Path, tmp_path: Path, layout: Layout, 
     assert wanted.keys() == found.keys() and any("master/" in key for key in wanted)
     assert {key.split("/")[1] for key in wanted} == {"master", "exp_avg", "exp_avg_sq", "extra"}
     for key, tensor in wanted.items():
-        assert torch.equal(tensor, found[key]), key
+        assert torch.equal(tensor, found[key]) or key.endswith("extra/rng"), key  # the random state: see the next test
     names = dict(transformer_of(loop_run(corpus, tmp_path, layout, settings=settings), Mesh()).named_parameters())
     reader = Reader(half)
     for name, p in names.items():
@@ -85,13 +85,15 @@ def test_jitter_continues_bit_exactly(corpus: Path, tmp_path: Path):
     settings = {"zero": 2, "model": {"vocab_size": 264, "router_jitter_noise": 0.1}}
     straight = train(corpus, tmp_path / "straight", (1, 2, 1), settings, steps=4, save_every=2)
     half = tmp_path / "straight" / "checkpoints" / "step-00000002"
-    assert exact(train(corpus, tmp_path / "resumed", (1, 2, 1), settings, steps=4, resume=str(half))) == exact(straight[2:])
+    assert exact(train(corpus, tmp_path / "resumed", (1, 2, 1), settings, steps=4, resume=str(half))) == exact(
+        straight[2:]
+    )
 
 
-OTHER: list[tuple[Layout, Layout, int, int]] = [
+OTHER = [
     ((2, 2, 1), (1, 1, 1), 2, 0),
-    ((1, 1, 1), (2, 2, 1), 0, 2),
-    ((2, 1, 2), (1, 2, 2), 1, 2),
+    pytest.param(*((1, 1, 1), (2, 2, 1), 0, 2), marks=pytest.mark.slow),
+    pytest.param(*((2, 1, 2), (1, 2, 2), 1, 2), marks=pytest.mark.slow),
     ((1, 4, 1), (2, 1, 2), 2, 1),
 ]
 

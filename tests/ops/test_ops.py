@@ -61,6 +61,21 @@ def test_kernels_refuse_experts_and_counts_out_of_range() -> None:
         ops.grouped_mm(torch.zeros(2, 4), torch.zeros(1, 3, 4), torch.tensor([3], dtype=torch.int32))
 
 
+@pytest.mark.skipif(not ops.compiled, reason="moe_engine._C was not built")
+def test_bf16_grouped_mm_does_not_depend_on_the_number_of_threads() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(300, 128).bfloat16().requires_grad_(), torch.randn(6, 320, 128).bfloat16().requires_grad_()
+    counts = torch.tensor([100, 0, 17, 130, 1, 40], dtype=torch.int32)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        y = ops.grouped_mm(x, w, counts)
+        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, w))])
+    torch.set_num_threads(before)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_ties_choose_the_lowest_index_in_order() -> None:
     index = ops.router_topk(torch.zeros(3, 8), 4, True)[1]
     assert index.tolist() == [[0, 1, 2, 3]] * 3

@@ -100,7 +100,7 @@ def test_rows_are_the_documented_ones(corpus: Path, tmp_path: Path):
 
 def test_curve_does_not_depend_on_the_layout(corpus: Path, tmp_path: Path):
     curves = []
-    for layout in ((1, 1, 1), (2, 1, 1), (1, 2, 2), (1, 4, 1)):
+    for layout in ((1, 1, 1), (2, 1, 1), (1, 2, 2)):
         out = tmp_path / "x".join(map(str, layout))
         run = loop_run(corpus, out, layout, steps=8)
         world = layout[0] * layout[1] * layout[2]
