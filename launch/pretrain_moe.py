@@ -11,7 +11,6 @@ Exit codes: 0 done, 65 data, 70 internal, 78 configuration.
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,7 +39,7 @@ def main(argv: list[str]) -> int:
             return 0
         pretrain(loaded, rank)
     except EngineError as error:
-        if rank == 0 or not isinstance(error, ConfigError):
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
@@ -59,13 +58,12 @@ def pretrain(loaded: Loaded, rank: int) -> None:
         log.info(*loaded.derived)
         for warning in loaded.warnings:
             log.warn(warning)
+        device, mesh = start_ranks(run)
         from moe_engine.parallel.collectives import barrier
         from moe_engine.train.corpus import open_corpus, prepare_default_corpus
         from moe_engine.train.loop import build, fit
         from moe_engine.train.summary import write_summary
 
-        os.environ.setdefault("LOCAL_RANK", "0")
-        device, mesh = start_ranks(run)
         if not run.data.domains:
             folder = out / "data"
             if rank == 0:
@@ -100,8 +98,9 @@ def start_ranks(run: Run):
 
     from moe_engine.parallel.mesh import build_mesh
 
-    local = int(os.environ["LOCAL_RANK"])
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -119,9 +118,5 @@ def stop_ranks() -> None:
     dist.destroy_process_group()
 
 
-def run_as_script() -> NoReturn:
-    sys.exit(main(sys.argv[1:]))
-
-
 if __name__ == "__main__":
-    run_as_script()
+    sys.exit(main(sys.argv[1:]))

@@ -1,13 +1,17 @@
 """The README is true: its commands run, and the files, flags, keys, targets and codes that it names exist.
 
-Commands come from the ```sh blocks, in order, and run in an empty folder that holds links to the clone: launches in this
-process with --dry-run for as many ranks as their torchrun would start (the first of one process trains two steps),
-prepare_data really, on text made here, `make` with -n. The last tests put mistakes into the text and expect complaints.
+Commands come from the ```sh blocks, in order, and run in an empty folder that holds links to the clone: launches in
+this process with --dry-run for as many ranks as their torchrun would start (the first of one process really trains,
+two steps), prepare_data really, on text made here, `make` with -n. The last tests put mistakes into the text and
+expect complaints.
 """
 
+import contextlib
 import importlib
+import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -28,7 +32,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 LINKED = ("configs", "launch", "tools")
-FOREIGN_FLAGS = {"--no-build-isolation", "--help"}  # of pip and argparse
+# of argparse, pip, TensorBoard and Slurm
+FOREIGN_FLAGS = {"--help", "--no-build-isolation", "--host", "--logdir", "--nodes"}
 SUFFIXES = (".py", ".md", ".cpp", ".yaml", ".sbatch")
 
 
@@ -45,9 +50,16 @@ def commands(text: str) -> list[list[str]]:
 
 @cache
 def help_of(script: str) -> str:
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What `python SCRIPT --help` prints."""
+    page, arguments = io.StringIO(), sys.argv
+    sys.argv = [script, "--help"]
+    try:
+        with contextlib.redirect_stdout(page), pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.argv = arguments
+    assert stop.value.code == 0
+    return page.getvalue()
 
 
 @cache
@@ -84,7 +96,9 @@ def named_paths(text: str) -> Iterator[str]:
     tops = {path.name for path in ROOT.iterdir()} - {"data", "runs"}
     for word in re.findall(r"(?<![\w./])[\w.-]+(?:/[\w.*-]*)*(?![\w/])", text):
         word = word.rstrip(".")
-        if word[0] != "." and "*" not in word and (("/" in word and word.partition("/")[0] in tops) or word.endswith(SUFFIXES)):
+        if word[:1] in ".-" or "*" in word:
+            continue
+        if word.endswith(SUFFIXES) or ("/" in word and word.partition("/")[0] in tops):
             yield word
 
 
@@ -123,7 +137,7 @@ class Checker:
         program, *rest = words
         match program:
             case "make":
-                done = subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, text=True, timeout=30)
+                done = subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, text=True, timeout=60)
                 return done.returncode
             case "torchrun":
                 return self.torchrun(rest)
@@ -149,8 +163,16 @@ class Checker:
         self.launches += 1
         if ranks is None and not self.trained:
             self.trained = True
-            command = [sys.executable, "launch/pretrain_moe.py", *words, "--steps", "2", "--set", "train.eval_batches=1"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            command = [
+                sys.executable,
+                "launch/pretrain_moe.py",
+                *words,
+                "--steps",
+                "2",
+                "--set",
+                "train.eval_batches=1",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=240)
             assert "Step 2/2 | Loss: " in done.stdout, done.stdout + done.stderr
             return done.returncode
         world = {} if ranks is None else {"RANK": "0", "WORLD_SIZE": str(ranks)}

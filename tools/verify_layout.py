@@ -159,13 +159,8 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return difference / size if size else (float("inf") if difference else 0.0)
 
 
-def check_rank(rank: int, model: Model, cases: list[tuple[Case, Trace]]) -> list[Errors]:
-    """All cases of one world size on this rank, each against its reference."""
-    return [check_case(run_of(model, case), case, truth) for case, truth in cases]
-
-
-def check_case(run: Run, case: Case, truth: Trace) -> Errors:
-    """The engine itself, as launch/pretrain_moe.py runs it, on this rank's slices."""
+def check_rank(rank: int, run: Run, case: Case, truth: Trace) -> Errors:
+    """The engine itself, as launch/pretrain_moe.py runs it, against this rank's slices of the truth."""
     from moe_engine.train.step import accumulate, finish
     from moe_engine.train.zero import ZeroEngine
 
@@ -217,23 +212,16 @@ def verify(model: Model, cases: list[Case]) -> float:
     truths: dict[tuple[str, int], Trace] = {}
     print(f"{'dp':>3} {'ep':>3} {'tp':>3} {'zero':>4} {'accum':>5}  {'aux':12}  gradient  grad norm  aux loss  weights")
     worst = 0.0
-    for world in sorted({case.world for case in cases}):
-        group = [case for case in cases if case.world == world]
-        for case in group:
-            # a global loss does not depend on micro-batches, so its one truth is the whole batch at once
-            size = SEQUENCES if case.aux == "global_batch" else case.micro_batch
-            if (case.aux, size) not in truths:
-                truths[case.aux, size] = reference(model, Case(1, 1, 1, 0, SEQUENCES // size, case.aux))
-        work = [(c, truths[c.aux, SEQUENCES if c.aux == "global_batch" else c.micro_batch]) for c in group]
-        per_rank = run_on_ranks(check_rank, world, model, work, timeout=3600)
-        for i, case in enumerate(group):
-            errors = Errors(*(max(column) for column in zip(*(rank[i] for rank in per_rank), strict=True)))
-            worst = max(worst, *errors)
-            figures = "  ".join(f"{e:8.1e}" for e in errors)
-            print(
-                f"{case.dp:3} {case.ep:3} {case.tp:3} {case.zero:4} {case.accumulation:5}  {case.aux:12}  {figures}",
-                flush=True,
-            )
+    for case in sorted(cases, key=lambda case: case.world):
+        # a global loss does not depend on micro-batches, so its one truth is the whole batch at once
+        size = SEQUENCES if case.aux == "global_batch" else case.micro_batch
+        if (case.aux, size) not in truths:
+            truths[case.aux, size] = reference(model, Case(1, 1, 1, 0, SEQUENCES // size, case.aux))
+        per_rank = run_on_ranks(check_rank, case.world, run_of(model, case), case, truths[case.aux, size])
+        errors = Errors(*(max(column) for column in zip(*per_rank, strict=True)))
+        worst = max(worst, *errors)
+        layout = f"{case.dp:3} {case.ep:3} {case.tp:3} {case.zero:4} {case.accumulation:5}  {case.aux:12}"
+        print(layout, *(f"{error:8.1e}" for error in errors), sep="  ", flush=True)
     print(f"layouts {len(cases)}, worst relative error {worst:.1e}")
     return worst
 

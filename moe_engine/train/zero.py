@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from moe_engine.config import Run
 from moe_engine.model.moe import Router
 from moe_engine.parallel.collectives import sum_
-from moe_engine.parallel.mesh import Axis, Mesh
+from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import note_of
 
 
@@ -57,7 +57,7 @@ class ZeroEngine:
         self.names = {p: name for name, p in model.named_parameters()}
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
         self.by_expert = mesh.ep.size > 1
-        _tell_deepspeed_the_layout(mesh)
+        mpu = _tell_deepspeed_the_layout(mesh)
         for parameter in self.names:
             self._mark(parameter)
         optimizer = torch.optim.AdamW(
@@ -73,11 +73,13 @@ class ZeroEngine:
                 model=carrier,
                 optimizer=optimizer,  # pyright: ignore[reportArgumentType]
                 config=_deepspeed_config(run, mesh),
-                mpu=_ModelParallelUnit(mesh) if mesh.tp.size > 1 else None,
+                mpu=mpu,
                 dist_init_required=False,
             )[0]
         # the object that keeps flat fp32 partitions; stage 0 in fp32 steps the weights themselves
         self.flat: Any = None if self.stage == 0 and run.train.precision == "fp32" else self.engine.optimizer
+        if self.flat is None and mesh.data.size == 1:
+            self.engine.enable_backward_allreduce = False  # it would copy every gradient to a bucket and back
         for router in self.routers:  # DeepSpeed cast every buffer to bf16; biases are fp32, and zero at this point
             if router.expert_bias is not None:
                 router.expert_bias = router.expert_bias.float()
@@ -248,6 +250,8 @@ class _ModelParallelUnit:
 
     def __init__(self, mesh: Mesh):
         self.tp, self.data = mesh.tp, mesh.data
+        me = torch.distributed.get_rank()
+        self.data_group = mesh.data.group or torch.distributed.new_group([me], use_local_synchronization=True)
 
     def get_model_parallel_group(self):
         return self.tp.group
@@ -259,7 +263,7 @@ class _ModelParallelUnit:
         return self.tp.size
 
     def get_data_parallel_group(self):
-        return _group_of(self.data)
+        return self.data_group
 
     def get_data_parallel_rank(self) -> int:
         return self.data.rank
@@ -277,15 +281,10 @@ def _holds(flat: Tensor, part: Tensor) -> bool:
     return 0 <= part.data_ptr() - flat.data_ptr() < flat.numel() * flat.element_size()
 
 
-def _group_of(axis: Axis):
-    return axis.group if axis.group is not None else torch.distributed.new_group([torch.distributed.get_rank()])
-
-
-def _tell_deepspeed_the_layout(mesh: Mesh) -> None:
+def _tell_deepspeed_the_layout(mesh: Mesh) -> _ModelParallelUnit | None:
     """DeepSpeed keeps its groups in a module of its own; they are set anew for every engine of this process."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # else a CPU run first compiles an op it does not need
-    )
+    # else a run on CPU first compiles an op that it does not need
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     groups._EXPERT_PARALLEL_GROUP.clear()
     groups._EXPERT_DATA_PARALLEL_GROUP.clear()
@@ -293,6 +292,7 @@ def _tell_deepspeed_the_layout(mesh: Mesh) -> None:
     groups.mpu = mpu
     if mesh.ep.size > 1:
         groups._create_expert_data_and_model_parallel(mesh.ep.size, mpu)
+    return mpu
 
 
 def _deepspeed_config(run: Run, mesh: Mesh) -> dict[str, Any]:

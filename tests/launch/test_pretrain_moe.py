@@ -100,8 +100,14 @@ def test_all_problems_come_in_one_report():
 def test_help_is_quick_and_loads_no_torch():
     done = run("--help")
     assert done.code == 0 and "--recompute" in done.out and done.seconds < 2
-    probe = "import sys; sys.argv = ['x', '--help']; import runpy\ntry: runpy.run_path('launch/pretrain_moe.py', run_name='__main__')"
-    probe += "\nexcept SystemExit: pass\nprint([m for m in ('torch', 'deepspeed', 'transformers', 'numpy') if m in sys.modules])"
+    probe = """
+import runpy, sys
+sys.argv = ["x", "--help"]
+try:
+    runpy.run_path("launch/pretrain_moe.py", run_name="__main__")
+except SystemExit:
+    print([m for m in ("torch", "deepspeed", "transformers", "numpy") if m in sys.modules])
+"""
     loaded = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
     assert loaded.stdout.strip().splitlines()[-1] == "[]"
 

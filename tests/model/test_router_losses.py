@@ -1,4 +1,4 @@
-"""Every balancing loss against a loop over tokens, its gradient against autograd of the loop, and its value at uniform."""
+"""Every balancing loss against a loop over tokens: value, gradient, and what it is at uniform and collapsed routing."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def chosen(logits: Tensor, k: int = K) -> Tensor:
 
 def stats_of(logits: Tensor, index: Tensor, counted: Tensor | None = None) -> RouterStats:
     """What the model hands over: packed columns of every token, summed per sequence."""
-    layers, sequences, length, experts = logits.shape
+    layers, sequences, length, _ = logits.shape
     rows = []
     for layer in range(layers):
         flat = logits[layer].flatten(0, 1)

@@ -78,7 +78,7 @@ def test_tied_embedding_sums_both_gradients():
 
 @pytest.mark.parametrize("changes", [{}, {"num_local_experts": 0}, {"moe_layers": (0, 2)}, {"num_experts_per_tok": 3}])
 def test_flops_are_those_that_torch_counts(changes: dict[str, object]):
-    """torch counts products as they run: attention over the whole square, the sums of router statistics, no custom op."""
+    """torch counts products as they run: attention over the whole square, router statistics, and no custom op."""
     transformer = model(**changes)
     config, (tokens, positions, labels) = transformer.config, batch()
     with FlopCounterMode(display=False) as counter, torch.no_grad():

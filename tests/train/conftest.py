@@ -1,7 +1,7 @@
 """Imports that forked ranks would otherwise pay one by one: DeepSpeed's engine loads torch's compiler on first use."""
 
-import deepspeed.runtime.zero.muon.muon_optimizer
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch._dynamo
-import torch.distributed.tensor
+import torch.distributed.tensor  # noqa: F401
 
 import moe_engine.train.zero  # noqa: F401

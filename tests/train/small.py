@@ -27,8 +27,8 @@ MODEL = Model(
 
 
 def run_of(
-    dp: int = 1, ep: int = 1, tp: int = 1, *, accumulation: int = 1, model: dict[str, Any] | None = None, clip: float = 0.5,
-    precision: str = "fp32", lr: float = 1e-2, **parallel: Any,
+    dp: int = 1, ep: int = 1, tp: int = 1, *, accumulation: int = 1, model: dict[str, Any] | None = None,
+    clip: float = 0.5, precision: str = "fp32", lr: float = 1e-2, **parallel: Any,
 ) -> Run:  # fmt: skip
     """A run of 16 sequences a step on dp x ep x tp ranks; clipping is active."""
     return Run(

@@ -84,9 +84,6 @@ def test_rows_of_a_run(corpus: Path, tmp_path: Path):
     assert manifest["step"] == 6 and manifest["layout"] == {"dp": 2, "ep": 1, "tp": 1}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="labelled_tokens and step_s are not in docs/metrics.md; skipped is always written"
-)
 def test_rows_are_the_documented_ones(corpus: Path, tmp_path: Path):
     run = loop_run(corpus, tmp_path, (1, 1, 1), steps=1)
     run_on_ranks(lambda rank: fit(trainer_of(run, build_mesh(1, 1, 1))), 1)

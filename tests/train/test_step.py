@@ -1,4 +1,4 @@
-"""One step and its report against plain PyTorch in one process, which knows no ranks, no micro-batches and no DeepSpeed."""
+"""One step and its report against plain PyTorch in one process, without ranks, micro-batches and DeepSpeed."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple

@@ -71,9 +71,9 @@ BF16 = [{"zero": 1}, {"zero": 2}, {"zero": 1, "offload_optimizer": True}, {"zero
 def test_stages_agree_in_bf16_as_far_as_bf16_goes(layout: tuple[int, int, int]):
     """Stages reduce bf16 gradients in different orders, so each gradient element may differ by some units of 2^-9.
 
-    Such a change is relative to the element's summands, so the norm of the first step, over thousands of elements, keeps
-    it within 2^-8. AdamW's first steps are lr * g / |g|: an element whose gradient is rounding noise may go the other way,
-    2 lr apart. From then on two runs are neighbours, not twins; their losses stay within 2^-8 * loss at this lr.
+    Such a change is relative to the element's summands, so the norm of the first step, over thousands of elements,
+    keeps it within 2^-8. AdamW's first steps are lr * g / |g|: an element whose gradient is rounding noise may go the
+    other way, 2 lr apart. From then on two runs are neighbours, not twins; their losses stay within 2^-8 at this lr.
     """
     fp32, *kinds = run_stages(layout, [{"zero": 1}, *({**kind, "precision": "bf16"} for kind in BF16)])
     for (losses, norms, masters), kind in zip(kinds, BF16, strict=True):
