@@ -10,6 +10,7 @@ Exit codes: 0 done, 65 data, 70 internal, 78 configuration.
 
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,7 +40,9 @@ def main(argv: list[str]) -> int:
             return 0
         pretrain(loaded, rank)
     except EngineError as error:
-        if rank == 0:
+        if rank > 0:  # rank 0 speaks for all; the launcher then ends this one, unless the trouble is here alone
+            time.sleep(3)
+        if rank == 0 or not isinstance(error, ConfigError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0

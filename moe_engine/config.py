@@ -157,7 +157,7 @@ class Parallel(Section):
 
 
 class Optimizer(Section):
-    """AdamW with linear warm-up from 0 to `lr`, then cosine down to `min_lr` at the last step."""
+    """AdamW, linear warm-up from 0 to `lr`, then cosine towards `min_lr`, which the step after the last would have."""
 
     lr: Positive = 1e-3
     min_lr: NonNegative = 0.0
@@ -208,7 +208,6 @@ class Data(Section):
     tokenizer: str | None = None  # None: the one the data was prepared with (bytes for the default corpus)
     document_mask: bool = True  # attention and positions restart at each document of a packed window
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01  # held out for evaluation
-    on_bad_row: Literal["stop", "skip"] = "stop"
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Data":

@@ -10,6 +10,7 @@ environment. Paths are relative to the working directory.
 
 import argparse
 import re
+import textwrap
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
@@ -71,8 +72,12 @@ def build_parser(prog: str | None = None, description: str | None = None) -> Par
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        epilog="Sections and keys for --config and --set: "
-        + "; ".join(f"{section}: {', '.join(keys)}" for section, keys in KEYS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="sections and keys for --config and --set:\n"
+        + "\n".join(
+            textwrap.fill(f"{section}: {', '.join(keys)}", 100, initial_indent="  ", subsequent_indent="    ")
+            for section, keys in KEYS.items()
+        ),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the sections below")
     presets = ", ".join(preset_names())

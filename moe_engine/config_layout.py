@@ -177,6 +177,11 @@ def without_effect(run: Run, given: set[str]) -> list[str]:
         ("parallel.reduce_bucket_size", parallel.zero == 0, "zero is 0"),
         ("parallel.allgather_bucket_size", parallel.zero == 0, "zero is 0"),
         ("train.save_every", train.save_every > train.steps, "it is more than steps (the end is saved anyway)"),
+        (
+            "data.eval_fraction",
+            bool(data.domains),
+            "prepared data has its own held-out part (prepare_data --eval-fraction)",
+        ),
         ("train.eval_every", data.eval_fraction == 0, "data.eval_fraction is 0"),
         ("train.eval_batches", data.eval_fraction == 0, "data.eval_fraction is 0"),
     ]

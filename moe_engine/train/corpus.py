@@ -12,7 +12,7 @@ from moe_engine.errors import DataError
 def prepare_default_corpus(folder: Path, run: Run) -> None:
     """The running Python's standard library as tokens under `folder`: real text, nothing to download."""
     options = Options(eval_fraction=run.data.eval_fraction, on_bad_row="skip")
-    prepare({"stdlib": stdlib_sources()}, folder, run.data.tokenizer, options, quiet=True)
+    prepare({"stdlib": stdlib_sources()}, folder, run.data.tokenizer, options, overwrite=True, quiet=True)
 
 
 def open_corpus(run: Run) -> tuple[list[OpenDomain], list[OpenDomain]]:
@@ -24,4 +24,4 @@ def open_corpus(run: Run) -> tuple[list[OpenDomain], list[OpenDomain]]:
         held_out = open_domains(named, "eval", fingerprint, run.model.vocab_size)
     except DataError:
         held_out = []
-    return train, [domain for domain in held_out if domain.dataset.tokens > run.train.seq_length]
+    return train, [domain for domain in held_out if domain.dataset.tokens > 1]

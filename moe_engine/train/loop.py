@@ -54,7 +54,7 @@ def build(
     with device:
         model = Transformer(run.model, mesh, run.train.recompute)
     initialise(model, run.train.seed)
-    torch.manual_seed(run.train.seed + mesh.data.rank)  # router jitter alone draws from it
+    torch.manual_seed(run.train.seed + mesh.world.rank)  # router jitter alone draws from it, for this rank's tokens
     loader = Loader(
         train,
         seed=run.train.seed,
@@ -71,11 +71,13 @@ def build(
 def fit(trainer: Trainer) -> None:
     """Train to the last step, evaluating and saving on the way. EngineError after five skipped steps in a row."""
     run, log = trainer.run, trainer.log
-    start = resume(trainer)
+    start, tokens_seen = resume(trainer)
     log.truncate_after(start)
+    if not trainer.held_out:
+        log.warn("no held-out text: nothing is evaluated (prepare_data --eval-fraction sets some aside)")
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
     peak = peak_flops(trainer.device, dtype, trainer.mesh)
-    tokens_seen, skipped = start * run.train.global_batch * run.train.seq_length, 0
+    skipped = 0
     for step in range(start, run.train.steps):
         began = time.perf_counter()
         batches = [to_device(batch, trainer.device) for batch in trainer.loader.next_step()]
@@ -96,7 +98,7 @@ def fit(trainer: Trainer) -> None:
         if (last or (step + 1) % run.train.eval_every == 0) and trainer.held_out:
             log.eval({"step": step + 1, "loss": held_out_loss(trainer)})
         if last or (step + 1) % run.train.save_every == 0:
-            save_checkpoint(trainer, step + 1)
+            save_checkpoint(trainer, step + 1, tokens_seen)
 
 
 def row(
@@ -128,27 +130,27 @@ def row(
     } | ({"skipped": report.skipped} if report.skipped else {})
 
 
-def resume(trainer: Trainer) -> int:
-    """Continue from the checkpoint that the run asks for; returns the number of steps already done."""
+def resume(trainer: Trainer) -> tuple[int, int]:
+    """Continue from the checkpoint that the run asks for; returns the steps done and the tokens seen."""
     wanted = trainer.run.train.resume
     folder = find(wanted, trainer.checkpoints) if wanted else None
     if folder is None:
-        return 0
+        return 0, 0
     manifest = load_state(trainer.engine, trainer.mesh, folder)
     trainer.loader.load_state(manifest["data"])
     trainer.log.info(f"resumed from {folder}: {manifest['step']} steps done")
-    return int(manifest["step"])
+    return int(manifest["step"]), int(manifest["tokens"])
 
 
-def save_checkpoint(trainer: Trainer, step: int) -> None:
+def save_checkpoint(trainer: Trainer, step: int, tokens_seen: int) -> None:
     """Write the checkpoint of `step`; collective."""
-    manifest = {"data": trainer.loader.state(), "run": trainer.run.model_dump(mode="json")}
+    manifest = {"tokens": tokens_seen, "data": trainer.loader.state(), "run": trainer.run.model_dump(mode="json")}
     folder = save_state(trainer.engine, trainer.mesh, trainer.checkpoints, step, manifest)
     trainer.log.info(f"saved {folder}")
 
 
 def held_out_loss(trainer: Trainer) -> float:
-    """Mean loss per token of the first `eval_batches` held-out batches, in nats; collective."""
+    """Mean loss per token of the first `eval_batches` global batches of held-out text, in nats; collective."""
     train = trainer.run.train
     batches = eval_batches(
         trainer.held_out,
@@ -157,7 +159,7 @@ def held_out_loss(trainer: Trainer) -> float:
         data_rank=trainer.mesh.data.rank,
         data_size=trainer.mesh.data.size,
         document_mask=trainer.run.data.document_mask,
-        limit=train.eval_batches,
+        limit=train.eval_batches * train.accumulation,  # the same text on every layout
     )
     return evaluate(trainer.engine, trainer.mesh, (to_device(batch, trainer.device) for batch in batches))
 

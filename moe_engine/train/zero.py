@@ -14,6 +14,7 @@ import contextlib
 import io
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ class ZeroEngine:
 
     def __init__(self, model: nn.Module, run: Run, mesh: Mesh):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # names that it still calls
         self.model = model
         self.mesh, self.stage, self.clip = mesh, run.parallel.zero, run.optimizer.clip_grad
         self.names = {p: name for name, p in model.named_parameters()}
