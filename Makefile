@@ -17,7 +17,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## train a small MoE on real text: 8 ranks, ep 2 x dp 4, on CPU or GPU
-	$(BIN)/torchrun --nproc_per_node 8 launch/pretrain_moe.py --ep 2 --dp 4 --config configs/runs/demo.yaml
+	$(BIN)/torchrun --nproc_per_node 8 launch/pretrain_moe.py --ep 2 --dp 4 --config configs/runs/demo.yaml --resume auto
 
 test: $(READY) ## the tests that fit in minutes
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

@@ -129,7 +129,7 @@ def special(key: str, value: Any, settings: dict[str, Any], problems: list[str])
 def without_effect(key: str, value: Any) -> str | None:
     """The note for an accepted key that changes nothing here, or None."""
     if key == PARTITION and value:
-        return f"{key} has no effect: saved activations are always cut over tp, and with tp 1 there is nothing to cut"
+        return f"{key} has no effect: between layers activations are cut over tp anyway, and tp 1 cuts nothing"
     if key == PINNED and not value:
         return f"{key} false has no effect: offloaded states are pinned wherever there is a GPU"
     return None

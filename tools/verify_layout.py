@@ -12,6 +12,7 @@ whose gradient is itself rounding noise steps by +-lr on the sign of that noise.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -157,7 +158,12 @@ def reference(model: Model, case: Case) -> Trace:
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """2-norm of the difference over 2-norm; where the truth is all zero, any other value is infinitely wrong."""
     difference, size = float((ours - theirs).norm()), float(theirs.norm())
-    return difference / size if size else (float("inf") if difference else 0.0)
+    return finite(difference / size if size else (math.inf if difference else 0.0))
+
+
+def finite(error: float) -> float:
+    """An error that is not a number is the largest of all: max() would pass over it."""
+    return abs(error) if math.isfinite(error) else math.inf
 
 
 def check_rank(rank: int, run: Run, case: Case, truth: Trace) -> Errors:
@@ -176,11 +182,14 @@ def check_rank(rank: int, run: Run, case: Case, truth: Trace) -> Errors:
         order = [(a * mesh.data.size + mesh.data.rank) * size for a in range(case.accumulation)]
         micros = [cut(batch, i, size) for i in order]
         tally = accumulate(engine, run.model, mesh, micros)
-        for name, gradient in engine.gradients().items() if step == 0 else ():
+        gradients = engine.gradients() if step == 0 else {}
+        assert step > 0 or gradients.keys() == truth.gradients.keys()
+        for name, gradient in gradients.items():
             gradient_error = max(gradient_error, relative(gradient, truth.gradients[name][mine[name][1]]))
         report = finish(engine, run.model, mesh, micros, tally, run.optimizer.lr)
-        norm_error = max(norm_error, abs(report.grad_norm / truth.norms[step] - 1))
-        aux_error = max(aux_error, abs(report.aux_loss / truth.aux[step] - 1))
+        assert report.skipped is None, report.skipped
+        norm_error = max(norm_error, finite(report.grad_norm / truth.norms[step] - 1))
+        aux_error = max(aux_error, finite((report.aux_loss - truth.aux[step]) / (truth.aux[step] or 1.0)))
     weights_error = max(relative(p.detach(), truth.weights[name][at]) for name, (p, at) in mine.items())
     engine.close()
     return Errors(gradient_error, norm_error, aux_error, weights_error)
@@ -245,6 +254,9 @@ def shrunk(run: Run) -> tuple[Model, list[Case]]:
     aux = "micro_batch" if run.model.router_aux_loss == "none" else run.model.router_aux_loss
     accumulation = max(a for a in range(1, min(run.train.accumulation, most) + 1) if most % a == 0)
     model = SMALL.model_copy(update={name: getattr(run.model, name) for name in ROUTING})
+    left_out = {"capacity_factor": None, "router_jitter_noise": 0.0, "expert_bias_update_rate": 0.0}
+    for key in [key for key, default in left_out.items() if getattr(run.model, key) != default]:
+        print(f"not verified: model.{key} {getattr(run.model, key)}, which depends on the layout or on chance")
     return model, [Case(dp, parallel.ep, parallel.tp, parallel.zero, accumulation, aux)]
 
 
@@ -256,6 +268,7 @@ def main() -> int:
     options, rest = parser.parse_known_args()
     torch.set_num_threads(1)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # forked ranks on gloo, on a machine with GPUs too
     try:
         if options.config or rest:
             config = ["--config", options.config] if options.config else []
@@ -265,7 +278,7 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return int(verify(model, cases) > LIMIT)
+    return int(not verify(model, cases) <= LIMIT)
 
 
 if __name__ == "__main__":

@@ -65,21 +65,27 @@ def save(
     path = temporary / _rank_file(rank)
     save_file(tensors, path, metadata={"pieces": json.dumps(table)})
     _sync(path)
+    _write_text(path.with_suffix(".json"), json.dumps(_digest(path)))  # every rank hashes its own
     _barrier()
     if rank == 0:
-        files = {_rank_file(r): _digest(temporary / _rank_file(r)) for r in range(world)}
-        _write_text(
-            temporary / "manifest.json",
-            json.dumps({"format": FORMAT, "step": step, "files": files} | manifest, indent=1),
-        )
-        _sync(temporary)
-        _remove(final)
-        os.rename(temporary, final)
-        _write_text(root / "latest.tmp", final.name)
-        os.replace(root / "latest.tmp", root / "latest")
-        _sync(root)
+        files = {_rank_file(r): _take_json((temporary / _rank_file(r)).with_suffix(".json")) for r in range(world)}
+        _publish(temporary, final, {"format": FORMAT, "step": step, "files": files} | manifest)
     _barrier()
     return final
+
+
+def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Complete the folder and give it its name; an older one of that name goes only when `latest` is safe again."""
+    root, old = final.parent, final.with_suffix(".old")
+    _write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
+    _sync(temporary)
+    if final.is_dir():
+        os.rename(final, old)
+    os.rename(temporary, final)
+    _write_text(root / "latest.tmp", final.name)
+    os.replace(root / "latest.tmp", root / "latest")
+    _sync(root)
+    _remove(old)
 
 
 def find(resume: str, root: Path) -> Path | None:
@@ -161,6 +167,12 @@ def _rank_file(rank: int) -> str:
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _take_json(path: Path) -> Any:
+    value = json.loads(path.read_text())
+    path.unlink()
+    return value
 
 
 def _sync(path: Path) -> None:

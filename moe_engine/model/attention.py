@@ -19,11 +19,11 @@ from moe_engine.parallel.mesh import Mesh
 
 
 class Places(NamedTuple):
-    """What attention knows of a micro-batch: cos, sin [B, 1, S, C]; mask bool [B, 1, S, S], or None = causal."""
+    """What attention knows of a micro-batch: cos, sin [B, 1, S, C]; bias [B, 1, S, S], 0 or -inf, or None = causal."""
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None
+    bias: Tensor | None
 
 
 def inverse_frequencies(config: Model) -> Tensor:
@@ -40,10 +40,12 @@ def inverse_frequencies(config: Model) -> Tensor:
 
 
 def places(positions_BS: Tensor, inverse_frequency: Tensor, dtype: torch.dtype) -> Places:
-    """Rotation tables and the mask of one micro-batch; the mask is None when every sequence is one document."""
+    """Rotation tables and the bias of one micro-batch, made once for all layers; None when no document ends inside."""
     angle = positions_BS.unsqueeze(-1).float() * inverse_frequency
     angle = torch.cat([angle, angle], dim=-1).unsqueeze(1)
-    return Places(angle.cos().to(dtype), angle.sin().to(dtype), document_mask(positions_BS))
+    mask = document_mask(positions_BS)
+    bias = None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+    return Places(angle.cos().to(dtype), angle.sin().to(dtype), bias)
 
 
 def document_mask(positions_BS: Tensor) -> Tensor | None:
@@ -81,7 +83,7 @@ class Attention(nn.Module):
         sequences, _, length, _ = at.cos.shape
         q, k, v = (p(h_TD).view(sequences, length, -1, self.head_dim).transpose(1, 2) for p in (self.q, self.k, self.v))
         a_BHSC = F.scaled_dot_product_attention(
-            rotate(q, at), rotate(k, at), v, attn_mask=at.mask, is_causal=at.mask is None, enable_gqa=True
+            rotate(q, at), rotate(k, at), v, attn_mask=at.bias, is_causal=at.bias is None, enable_gqa=True
         )
         a_TD = a_BHSC.transpose(1, 2).reshape(sequences * length, -1)
         return reduce_scatter(self.o(a_TD), self.tp)

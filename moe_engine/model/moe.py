@@ -29,10 +29,14 @@ from moe_engine.parallel.weight import weight
 
 
 class Routing(NamedTuple):
-    """Where each token goes. index_TK int32, E = dropped; weight_TK fp32; probs_TE fp32; z_T = logsumexp(logits)^2."""
+    """Where each token goes. index_TK int32, E = dropped; chosen_TK is the router's choice before any drop.
+
+    weight_TK, probs_TE fp32; z_T = logsumexp(logits)^2; dropped_T counts a token's dropped assignments.
+    """
 
     weight_TK: Tensor
     index_TK: Tensor
+    chosen_TK: Tensor
     probs_TE: Tensor
     z_T: Tensor
     dropped_T: Tensor
@@ -61,16 +65,17 @@ class Router(nn.Module):
                 1 - config.router_jitter_noise, 1 + config.router_jitter_noise
             )
         logits_TE = F.linear(x_TD, copy_to(self.weight, self.tp).float())
-        weight_TK, index_TK, probs_TE = router_topk(
+        weight_TK, chosen_TK, probs_TE = router_topk(
             logits_TE, config.num_experts_per_tok, config.norm_topk_prob, self.expert_bias
         )
         weight_TK = weight_TK * config.routed_scaling_factor
-        dropped_TK = self._overflow(index_TK)
-        if dropped_TK is not None:
-            weight_TK = weight_TK.masked_fill(dropped_TK, 0)
-            index_TK = index_TK.masked_fill(dropped_TK, config.num_local_experts)
-        dropped_T = torch.zeros_like(logits_TE[:, 0]) if dropped_TK is None else dropped_TK.sum(1).float()
-        return Routing(weight_TK, index_TK, probs_TE, logits_TE.logsumexp(1).square(), dropped_T)
+        z_T = logits_TE.logsumexp(1).square()
+        dropped_TK = self._overflow(chosen_TK)
+        if dropped_TK is None:
+            return Routing(weight_TK, chosen_TK, chosen_TK, probs_TE, z_T, torch.zeros_like(z_T))
+        weight_TK = weight_TK.masked_fill(dropped_TK, 0)
+        index_TK = chosen_TK.masked_fill(dropped_TK, config.num_local_experts)
+        return Routing(weight_TK, index_TK, chosen_TK, probs_TE, z_T, dropped_TK.sum(1).float())
 
     def _overflow(self, index_TK: Tensor) -> Tensor | None:
         """True for assignments past the capacity of their expert, in order of tokens; None when dropless."""
@@ -119,7 +124,7 @@ class MoE(nn.Module):
         rows_RD = permute(x_TD, token_of_row_R, row_of_TK)
         rows_RD = self._on_experts(rows_RD, counts_E)
         y_TD = unpermute(rows_RD, routing.weight_TK, row_of_TK)
-        return y_TD, reduce_from(member_BT @ pack_stats(*routing[1:]), self.tp)
+        return y_TD, reduce_from(member_BT @ pack_stats(*routing[2:]), self.tp)
 
     def _on_experts(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         if self.ep.size == self.tp.size == 1:

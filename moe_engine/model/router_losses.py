@@ -1,8 +1,9 @@
 """Balancing losses by name, from statistics that are sums over tokens.
 
 A layer's router yields stats[B, X], X = 3E + 3, per sequence: sum of probabilities [E], assignments [E], first choices
-[E], sum of logsumexp(logits)^2, dropped assignments, tokens. Sums make every reduction (over tp, sequences,
-micro-batches, data ranks) an addition. With f_e = assignments / (k * tokens) and P_e = mean probability:
+[E], sum of logsumexp(logits)^2, dropped assignments, tokens. Assignments are the router's choices, before a capacity
+drops any. Sums make every reduction (over tp, sequences, micro-batches, data ranks) an addition. With
+f_e = assignments / (k * tokens) and P_e = mean probability:
 
     name             value per layer                                                       at uniform routing
     micro_batch      E * sum_e f_e P_e over a data rank's micro-batch                       1
@@ -35,12 +36,11 @@ class RouterStats(NamedTuple):
     tokens_NB: Tensor
 
 
-def pack_stats(index_TK: Tensor, probs_TE: Tensor, z_T: Tensor, dropped_T: Tensor) -> Tensor:
-    """Per-token columns [T, 3E + 3] of the statistics; a dropped assignment (index E) counts for no expert."""
-    tokens, experts = probs_TE.shape
-    chosen = probs_TE.new_zeros(tokens, experts + 1)
-    first = chosen.scatter(1, index_TK[:, :1].long(), 1.0)[:, :experts]
-    chosen = chosen.scatter(1, index_TK.long(), 1.0)[:, :experts]
+def pack_stats(chosen_TK: Tensor, probs_TE: Tensor, z_T: Tensor, dropped_T: Tensor) -> Tensor:
+    """Per-token columns [T, 3E + 3] of the statistics. chosen_TK: the router's choice, before a capacity drops any."""
+    none = torch.zeros_like(probs_TE)
+    first = none.scatter(1, chosen_TK[:, :1].long(), 1.0)
+    chosen = none.scatter(1, chosen_TK.long(), 1.0)
     return torch.cat([probs_TE, chosen, first, torch.stack([z_T, dropped_T, torch.ones_like(z_T)], 1)], 1)
 
 
@@ -57,6 +57,8 @@ def balance_loss(name: str, stats: RouterStats, top_k: int, load_NE: Tensor | No
     load_NE: f_e of the whole global batch (shares that sum to 1), needed by `global_batch`. Raises ValueError for an
     unknown name.
     """
+    if not len(stats.prob_NBE):  # a dense model
+        return stats.prob_NBE.new_zeros(())
     experts = stats.prob_NBE.shape[-1]
     tokens = stats.tokens_NB[0].sum()
     prob_NE = stats.prob_NBE.sum(1) / tokens
@@ -81,14 +83,12 @@ def balance_loss(name: str, stats: RouterStats, top_k: int, load_NE: Tensor | No
 
 def z_loss(stats: RouterStats) -> Tensor:
     """Mean over layers and tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906), a scalar."""
-    return (stats.z_NB.sum(1) / stats.tokens_NB.sum(1)).mean()
+    return (stats.z_NB.sum(1) / stats.tokens_NB.sum(1)).mean() if len(stats.z_NB) else stats.z_NB.new_zeros(())
 
 
 def router_loss(config: Model, stats: RouterStats, load_NE: Tensor | None = None) -> Tensor:
     """What one micro-batch adds to the objective per token: aux_coef * balance + z_coef * z."""
     total = stats.prob_NBE.new_zeros(())
-    if not len(stats.prob_NBE):  # a dense model
-        return total
     if config.router_aux_loss != "none" and config.router_aux_loss_coef:
         total = total + config.router_aux_loss_coef * balance_loss(
             config.router_aux_loss, stats, config.num_experts_per_tok, load_NE

@@ -16,12 +16,13 @@ import torch
 from moe_engine.checkpoint.store import find
 from moe_engine.config import Run
 from moe_engine.data.loader import Batch, Loader, OpenDomain, eval_batches
-from moe_engine.errors import EngineError
+from moe_engine.errors import ConfigError, DataError, EngineError
 from moe_engine.log import Logger
 from moe_engine.model.flops import step_flops_per_token
 from moe_engine.model.transformer import Transformer
+from moe_engine.parallel.collectives import gather_rows
 from moe_engine.parallel.mesh import Mesh
-from moe_engine.parallel.weight import initialise
+from moe_engine.parallel.weight import initialise, key_of
 from moe_engine.train.peak import peak_flops
 from moe_engine.train.schedule import learning_rate
 from moe_engine.train.state import load_state, save_state
@@ -54,7 +55,9 @@ def build(
     with device:
         model = Transformer(run.model, mesh, run.train.recompute)
     initialise(model, run.train.seed)
-    torch.manual_seed(run.train.seed + mesh.world.rank)  # router jitter alone draws from it, for this rank's tokens
+    torch.manual_seed(
+        key_of(run.train.seed, f"noise of rank {mesh.world.rank}")
+    )  # router jitter alone draws from it, for this rank's tokens
     loader = Loader(
         train,
         seed=run.train.seed,
@@ -133,13 +136,41 @@ def row(
 def resume(trainer: Trainer) -> tuple[int, int]:
     """Continue from the checkpoint that the run asks for; returns the steps done and the tokens seen."""
     wanted = trainer.run.train.resume
+    if not wanted and (trainer.checkpoints / "latest").is_file():
+        raise ConfigError(
+            f"--out {trainer.run.train.out} holds checkpoints of an earlier run: continue it with --resume auto, "
+            "or give another --out"
+        )
     folder = find(wanted, trainer.checkpoints) if wanted else None
     if folder is None:
         return 0, 0
     manifest = load_state(trainer.engine, trainer.mesh, folder)
+    compare_runs(manifest["run"], trainer.run.model_dump(mode="json"), trainer.log)
+    steps = gather_rows(torch.tensor([manifest["step"]], device=trainer.device), trainer.mesh.world).tolist()
+    if len(set(steps)) > 1:
+        raise DataError(
+            f"ranks found checkpoints of different steps {sorted(set(steps))}: --out must be shared by all nodes"
+        )
     trainer.loader.load_state(manifest["data"])
     trainer.log.info(f"resumed from {folder}: {manifest['step']} steps done")
     return int(manifest["step"]), int(manifest["tokens"])
+
+
+def compare_runs(saved: dict[str, Any], now: dict[str, Any], log: Logger) -> None:
+    """ConfigError when the checkpoint has another model; a warning for each other setting that moves the loss."""
+    harmless = ("out", "resume", "save_every", "eval_every", "eval_batches", "log_every")
+    differ = [
+        (section, key, was, now[section].get(key))
+        for section in ("model", "optimizer", "train")
+        for key, was in saved[section].items()
+        if now[section].get(key) != was and key not in harmless
+    ]
+    if model := [(key, was, here) for section, key, was, here in differ if section == "model"]:
+        listed = "; ".join(f"model.{key} is {was} there and {here} in the run" for key, was, here in model)
+        raise ConfigError(f"the checkpoint has another model: {listed}. Resume with the checkpoint's model")
+    for section, key, was, here in differ:
+        why = "; the learning rate follows the new schedule from here on" if key == "steps" else ""
+        log.warn(f"{section}.{key} was {was} until the checkpoint and is {here} now{why}")
 
 
 def save_checkpoint(trainer: Trainer, step: int, tokens_seen: int) -> None:

@@ -1,4 +1,4 @@
-"""The learning rate: linear from 0 over the warm-up, then half a cosine down to min_lr at the last step.
+"""The learning rate: linear from 0 over the warm-up, then half a cosine towards min_lr, which step `steps` would have.
 
     lr(step) = lr * step / warmup                                                        step < warmup
              = min_lr + (lr - min_lr) * (1 + cos(pi * (step - warmup) / (steps - warmup))) / 2

@@ -18,6 +18,8 @@ from moe_engine.train.zero import ZeroEngine
 def save_state(engine: ZeroEngine, mesh: Mesh, root: Path, step: int, manifest: dict[str, Any]) -> Path:
     """Checkpoint after `step` optimizer steps; collective. `manifest` holds the run and the data position."""
     by_name = {name: p for p, name in engine.names.items()}
+    if not any(owned.moments for owned in engine.owned()):  # no step succeeded yet
+        engine.create_optimizer_states()
     pieces = []
     adam_steps = 0
     for owned in engine.owned():

@@ -85,9 +85,8 @@ class Tally:
         load_NE = count_NE / count_NE.sum(1, keepdim=True).clamp(min=1)
         domain_loss_D = domain_D2[:, 0] / domain_D2[:, 1]
         norm = outcome.grad_norm
-        return StepReport(
-            loss, lm_sum / tokens, aux, aux_hf, z, norm, int(tokens), load_NE, dropped_N, domain_loss_D, skipped
-        )
+        lm_loss = lm_sum / tokens if tokens else math.nan
+        return StepReport(loss, lm_loss, aux, aux_hf, z, norm, int(tokens), load_NE, dropped_N, domain_loss_D, skipped)
 
 
 def train_step(
@@ -128,7 +127,7 @@ def finish(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], 
     why = why_skipped(engine, config, mesh, batches, tally, finite) if outcome.skipped else None
     report = tally.report(outcome, why)
     if config.expert_bias_update_rate and not outcome.skipped:
-        move_expert_biases(engine.routers, report.load_NE, config.expert_bias_update_rate)
+        move_expert_biases(engine.routers, tally.count_NE, config.expert_bias_update_rate)
     return report
 
 
@@ -139,7 +138,7 @@ def global_load(engine: ZeroEngine, mesh: Mesh, batches: Iterable[Batch]) -> Ten
     With accumulation the exact global balancing loss needs the counts of micro-batches that have not run yet; the pass
     costs about a third of a step. The random state is put back, so that router jitter draws the same noise twice.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         counts = sum(
             unpack_stats(engine.forward(b.tokens_BS, b.positions_BS, b.labels_BS)[1]).count_NBE.sum(1) for b in batches
         )
@@ -164,9 +163,13 @@ def why_skipped(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Bat
     more, without touching the engine's gradients: a healthy step pays nothing for the names. Of several
     bad gradients of a rank the one nearest to the loss is named: backward met it first.
     """
+    if not tally.domain_D2[:, 1].sum():
+        return "no token of the global batch has a label"
     loss_is_bad = gather_rows(torch.tensor([0 if finite else 1], device=engine.device), mesh.world).tolist()
     if any(loss_is_bad):
         return "not finite: the loss on rank " + ", ".join(str(rank) for rank, bad in enumerate(loss_is_bad) if bad)
+    if engine.stage == 3:
+        return "not finite: a gradient (ZeRO 3 keeps no whole weights to say which)"
     names = list(engine.names.values())
     bad = bad_gradients(engine, config, batches, load_share(tally.count_NE).float())
     mine = torch.tensor([[bad[-1] if bad else -1, len(bad)]], device=engine.device)
@@ -181,23 +184,39 @@ def why_skipped(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Bat
 def bad_gradients(engine: ZeroEngine, config: Model, batches: list[Batch], load_NE: Tensor) -> list[int]:
     """Places in `engine.names` of the parameters whose gradient on this rank, before any reduction, is not finite.
 
-    ZeRO-3 holds no whole weights to differentiate for: the list is empty.
+    The model runs on stand-ins of its weights, whose gradients are looked at and freed one by one: DeepSpeed sees none
+    of it, and the pass needs no more memory than a step.
     """
     bad: set[int] = set()
-    for batch in batches if engine.stage < 3 else ():
-        loss_T, packed = engine.model(batch.tokens_BS, batch.positions_BS, batch.labels_BS)
-        loss = loss_T.sum() + router_loss(config, unpack_stats(packed), load_NE)
-        gradients = torch.autograd.grad(loss, list(engine.names), allow_unused=True)
-        bad |= {i for i, grad in enumerate(gradients) if grad is not None and not bool(grad.isfinite().all())}
+
+    def stand_in(i: int, parameter: Tensor) -> Tensor:
+        twin = parameter.detach().requires_grad_()
+        for hook in (parameter._backward_hooks or {}).values():  # what acts on the weight's gradient acts here too
+            twin.register_hook(hook)
+
+        def look(twin: Tensor) -> None:
+            if twin.grad is not None and not bool(twin.grad.isfinite().all()):
+                bad.add(i)
+            twin.grad = None
+
+        twin.register_post_accumulate_grad_hook(look)
+        return twin
+
+    for batch in batches:
+        twins = {name: stand_in(i, p) for i, (p, name) in enumerate(engine.names.items())}
+        inputs = (batch.tokens_BS, batch.positions_BS, batch.labels_BS)
+        loss_T, packed = torch.func.functional_call(engine.model, twins, inputs)
+        (loss_T.sum() + router_loss(config, unpack_stats(packed), load_NE)).backward()
     return sorted(bad)
 
 
 @torch.no_grad()
-def move_expert_biases(routers: list[Router], load_NE: Tensor, rate: float) -> None:
-    """b_e += rate * sign(mean load - load_e), once per step, from the global counts (arXiv 2408.15664)."""
-    for router, load_E in zip(routers, load_NE, strict=True):
+def move_expert_biases(routers: list[Router], count_NE: Tensor, rate: float) -> None:
+    """b_e += rate * sign(mean count - count_e), once per step, from the global counts (arXiv 2408.15664)."""
+    for router, count_E in zip(routers, count_NE, strict=True):
         assert router.expert_bias is not None
-        router.expert_bias += rate * torch.sign(load_E.mean() - load_E).to(router.expert_bias)
+        short_E = torch.sign(count_E.sum() - len(count_E) * count_E)  # whole numbers: exactly 0 when balanced
+        router.expert_bias += rate * short_E.to(router.expert_bias)
 
 
 @torch.no_grad()
@@ -210,4 +229,4 @@ def evaluate(engine: ZeroEngine, mesh: Mesh, batches: Iterable[Batch]) -> float:
         total += torch.stack([loss_T.double().sum(), (batch.labels_BS != IGNORE).sum().double()])
     engine.train()
     loss, tokens = sum_(total, mesh.data).tolist()
-    return loss / tokens
+    return loss / tokens if tokens else math.nan

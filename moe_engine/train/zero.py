@@ -320,4 +320,7 @@ def _deepspeed_config(run: Run, mesh: Mesh) -> dict[str, Any]:
     if run.train.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = (
+            "fp32"  # gradients are summed over ranks in fp32, as they are over micro-batches
+        )
     return config

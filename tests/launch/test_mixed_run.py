@@ -65,9 +65,16 @@ def test_curve_equals_one_rank_over_fifty_steps(tmp_path: Path):
     execute("-m", "torch.distributed.run", "--nproc_per_node", "8", "launch/pretrain_moe.py", *common, *layout)
     one, eight = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "eight"))
     assert [row["step"] for row in one] == [row["step"] for row in eight] == list(range(1, 51))
-    for ours, theirs in zip(eight, one, strict=True):
+    alike = (
+        0  # steps until rounding first sends one token to another expert, which one process with other micro-batches
+    )
+    for ours, theirs in zip(eight, one, strict=True):  # does as well: a jump that no layout can avoid
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), ours["step"]
-        assert ours["domain_loss"] == pytest.approx(theirs["domain_loss"], rel=1e-4), ours["step"]
+        if alike == ours["step"] - 1 and ours["expert_load"] == theirs["expert_load"]:
+            alike += 1
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6), ours["step"]
+            assert ours["domain_loss"] == pytest.approx(theirs["domain_loss"], rel=1e-6), ours["step"]
+    assert alike >= 20
     assert {name for row in eight for name in row["domain_loss"]} == set(DOMAINS)
     assert sum(r["lm_loss"] for r in eight[-5:]) < 0.9 * sum(r["lm_loss"] for r in eight[:5])
 

@@ -195,10 +195,10 @@ def test_z_loss_and_coefficients():
         balance_loss("switch", stats, K)
 
 
-def test_dropped_assignments_count_for_no_expert():
-    index = torch.tensor([[0, EXPERTS], [EXPERTS, EXPERTS], [3, 1]], dtype=torch.int32)
+def test_statistics_count_the_choices_of_dropped_tokens_too():
+    index = torch.tensor([[0, 2], [0, 1], [3, 1]], dtype=torch.int32)
     packed = pack_stats(index, torch.full((3, EXPERTS), 0.2), torch.ones(3), torch.tensor([1.0, 2.0, 0.0]))
     stats = unpack_stats(packed.sum(0).view(1, 1, -1))
-    assert stats.count_NBE.flatten().tolist() == [1, 1, 0, 1, 0]
-    assert stats.first_NBE.flatten().tolist() == [1, 0, 0, 1, 0]
+    assert stats.count_NBE.flatten().tolist() == [2, 2, 1, 1, 0]
+    assert stats.first_NBE.flatten().tolist() == [2, 0, 0, 1, 0]
     assert (stats.dropped_NB.item(), stats.tokens_NB.item(), stats.z_NB.item()) == (3, 3, 3)
