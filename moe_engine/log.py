@@ -1,4 +1,4 @@
-"""What a run says while it runs: rank-0 console, metrics.jsonl, TensorBoard, timers. report.py reads it back.
+"""What a run says while it runs: rank-0 console, metrics.jsonl, TensorBoard. report.py reads it back.
 
     row of one step --> metrics.jsonl   one JSON object a line, flushed, cut back on resume
                     --> tensorboard/    the same numbers under the tags of SCALAR_TAGS and moe/layer_N/...
@@ -211,21 +211,6 @@ class Logger:
             more = f" (and {len(found) - 3} more like it: see expert_load in metrics.jsonl)" if len(found) > 3 else ""
             self.warn(f"mean of {self._load_steps} steps up to step {row['step']}: " + "; ".join(found[:3]) + more)
         self._load_sum, self._load_steps = [], 0
-
-
-class Timer:
-    """Wall seconds of the code inside `with timer:`; several uses add up in `.seconds`. It does not wait for a GPU."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._start = 0.0
-
-    def __enter__(self) -> Self:
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.seconds += time.perf_counter() - self._start
 
 
 def printable(text: str) -> str:

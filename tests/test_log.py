@@ -13,7 +13,6 @@ from moe_engine.log import (
     LAYER_FIELDS,
     SCALAR_TAGS,
     Logger,
-    Timer,
     load_entropy,
     load_max_over_mean,
     load_warnings,
@@ -220,16 +219,6 @@ def test_outside_text_cannot_move_the_cursor(text: str, capsys: pytest.CaptureFi
 def test_printable_keeps_readable_text() -> None:
     assert printable("Übung 北京 50 %") == "Übung 北京 50 %"
     assert printable("a\x1b[31m\n") == "a\\x1b[31m\\n"
-
-
-def test_timer_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([1.0, 3.5, 10.0, 10.25])
-    monkeypatch.setattr("moe_engine.log.time.perf_counter", lambda: next(times))
-    timer = Timer()
-    for _ in range(2):
-        with timer:
-            pass
-    assert timer.seconds == 2.75
 
 
 def test_summary(tmp_path: Path) -> None:

@@ -5,7 +5,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from tools.verify_layout import SMALL, relative, run_of, shrunk, verify
+from tools.verify_layout import Case as LayoutCase
+
 ROOT = Path(__file__).parents[2]
+
+
+def test_an_error_that_is_no_number_is_the_worst():
+    one = torch.ones(3)
+    assert relative(one * float("nan"), one) == relative(one, 0 * one) == float("inf")
+    assert relative(one, one) == relative(0 * one, 0 * one) == 0.0
+
+
+def test_a_dense_model_is_verified_too():
+    """A user's dense run: no router, no balancing loss to compare."""
+    case = LayoutCase(1, 1, 1, 0, 1, "micro_batch")
+    model, cases = shrunk(
+        run_of(SMALL.model_copy(update={"num_local_experts": 0, "expert_bias_update_rate": 0.0}), case)
+    )
+    assert verify(model, cases) <= 1e-5
 
 
 def test_fast_subset_stays_below_the_limit():

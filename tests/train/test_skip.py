@@ -105,3 +105,18 @@ def test_bad_gradient_under_tensor_parallelism(settings: dict[str, Any]):
 def test_parameters_of_the_test_exist():
     notes = {name: note_of(p) for name, p in transformer_of(run_of(), Mesh()).named_parameters()}
     assert notes[EXPERT].expert and not notes[DENSE].expert
+
+
+def test_a_batch_without_labels_is_skipped_and_named():
+    def on_rank(rank: int) -> tuple[str | None, float]:
+        mesh = build_mesh(1, 2, 1)
+        run = run_of(1, 2, 1)
+        engine = ZeroEngine(transformer_of(run, mesh), run, mesh)
+        before = {name: p.detach().clone() for p, name in engine.names.items()}
+        blank = [b._replace(labels_BS=torch.full_like(b.labels_BS, -100)) for b in my_batches(run, mesh, 0)]
+        report = train_step(engine, run.model, mesh, blank, 1e-2, 2)
+        assert all(torch.equal(p, before[name]) for p, name in engine.names.items())
+        return report.skipped, report.lm_loss
+
+    for why, loss in run_on_ranks(on_rank, 2):
+        assert why == "no token of the global batch has a label" and loss != loss
