@@ -19,7 +19,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # initialize loads it; imported here, forked ranks inherit it
 import torch
+import torch._dynamo  # AdamW loads it
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups, safe_get_full_grad
 from torch import Tensor, nn
