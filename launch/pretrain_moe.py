@@ -22,9 +22,8 @@ from moe_engine.errors import ConfigError, EngineError
 
 def main(argv: list[str]) -> int:
     """Run on this rank; returns the exit code."""
-    os.environ.setdefault(
-        "TORCHDYNAMO_DISABLE", "1"
-    )  # nothing is compiled; DeepSpeed would load the compiler all the same
+    # nothing is compiled, but DeepSpeed would load the compiler all the same
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     rank, world = int(os.environ.get("RANK", 0)), os.environ.get("WORLD_SIZE")
     try:
         parser = build_parser("pretrain_moe.py", __doc__)

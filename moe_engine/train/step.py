@@ -159,9 +159,9 @@ def poison_if_not_finite(loss: Tensor) -> Tensor:
 def why_skipped(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], tally: Tally, finite: bool) -> str:
     """One line that names the ranks and parameters behind a skipped step; collective over all ranks.
 
-    finite: whether this rank's loss was. If every rank's loss is finite the micro-batches are differentiated once
-    more, without touching the engine's gradients: a healthy step pays nothing for the names. Of several
-    bad gradients of a rank the one nearest to the loss is named: backward met it first.
+    finite: whether this rank's loss was. If every rank's loss is finite the micro-batches are differentiated once more,
+    without touching the engine's gradients: a healthy step pays nothing for the names. Of several bad gradients of a
+    rank the one nearest to the loss is named: backward met it first.
     """
     if not tally.domain_D2[:, 1].sum():
         return "no token of the global batch has a label"
