@@ -4,6 +4,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/logsumexp.h>
 #include <ATen/ops/softmax.h>
 
 #include <vector>
@@ -40,8 +41,8 @@ void select(const T* probs, const T* bias, int64_t experts, int64_t k, bool reno
 }
 
 template <typename T>
-void differentiate(const T* grad_weight, const T* grad_probs, const int32_t* index, const T* probs, int64_t experts,
-                   int64_t k, bool renormalize, T* grad) {
+void differentiate(const T* grad_weight, const T* grad_probs, T grad_lse, const int32_t* index, const T* probs,
+                   int64_t experts, int64_t k, bool renormalize, T* grad) {
   T total = 0, mean = 0;
   for (int64_t j = 0; j < k; j++) total += probs[index[j]];
   for (int64_t j = 0; j < k; j++) mean += grad_weight[j] * probs[index[j]] / total;
@@ -49,11 +50,11 @@ void differentiate(const T* grad_weight, const T* grad_probs, const int32_t* ind
   for (int64_t j = 0; j < k; j++) grad[index[j]] += renormalize ? (grad_weight[j] - mean) / total : grad_weight[j];
   T sum = 0;
   for (int64_t e = 0; e < experts; e++) sum += grad[e] * probs[e];
-  for (int64_t e = 0; e < experts; e++) grad[e] = probs[e] * (grad[e] - sum);
+  for (int64_t e = 0; e < experts; e++) grad[e] = probs[e] * (grad[e] - sum + grad_lse);
 }
 
-std::tuple<Tensor, Tensor, Tensor> router_topk(const Tensor& logits, int64_t k, bool renormalize,
-                                               const std::optional<Tensor>& bias_or_none) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> router_topk(const Tensor& logits, int64_t k, bool renormalize,
+                                                       const std::optional<Tensor>& bias_or_none) {
   Tensor probs = at::softmax(logits, -1).contiguous();
   int64_t tokens = probs.size(0), experts = probs.size(1);
   Tensor weight = at::empty({tokens, k}, probs.options()),
@@ -69,21 +70,22 @@ std::tuple<Tensor, Tensor, Tensor> router_topk(const Tensor& logits, int64_t k, 
       }
     });
   });
-  return {weight, index, probs};
+  return {weight, index, probs, at::logsumexp(logits, -1)};
 }
 
-Tensor router_topk_backward(const Tensor& grad_weight_, const Tensor& grad_probs_, const Tensor& index_,
-                            const Tensor& probs_, bool renormalize) {
+Tensor router_topk_backward(const Tensor& grad_weight_, const Tensor& grad_probs_, const Tensor& grad_lse_,
+                            const Tensor& index_, const Tensor& probs_, bool renormalize) {
   Tensor grad_weight = grad_weight_.contiguous(), grad_probs = grad_probs_.contiguous();
+  Tensor grad_lse = grad_lse_.contiguous();
   Tensor index = index_.contiguous(), probs = probs_.contiguous(), grad = at::empty_like(probs);
   int64_t experts = probs.size(1), k = index.size(1);
   AT_DISPATCH_FLOATING_TYPES(probs.scalar_type(), "router_topk_backward", [&] {
     at::parallel_for(0, probs.size(0), 256, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++) {
         differentiate(grad_weight.const_data_ptr<scalar_t>() + t * k,
-                      grad_probs.const_data_ptr<scalar_t>() + t * experts, index.const_data_ptr<int32_t>() + t * k,
-                      probs.const_data_ptr<scalar_t>() + t * experts, experts, k, renormalize,
-                      grad.data_ptr<scalar_t>() + t * experts);
+                      grad_probs.const_data_ptr<scalar_t>() + t * experts, grad_lse.const_data_ptr<scalar_t>()[t],
+                      index.const_data_ptr<int32_t>() + t * k, probs.const_data_ptr<scalar_t>() + t * experts, experts,
+                      k, renormalize, grad.data_ptr<scalar_t>() + t * experts);
       }
     });
   });

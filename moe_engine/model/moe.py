@@ -1,11 +1,16 @@
 """The Mixture-of-Experts layer, and all the bytes that it moves:
 
-    x[T/tp, D]   route      softmax over E in fp32, top-k, renormalise          this rank's tokens only
-                 permute    rows sorted by expert                               R = T/tp * K rows
-                 dispatch   all_to_all over ep, all_gather over tp              M rows
-                 experts    grouped matmuls on w[L, .., F/tp, ..]               y[M, D]{tp}
-                 combine    reduce_scatter over tp, all_to_all over ep          R rows
-    y[T/tp, D]   unpermute  sum over the k rows of a token, times their weights
+    x[T/tp, D]   route      softmax over E in fp32, top-k, renormalise             this rank's tokens only
+                 permute    rows sorted by expert                                  R = T/tp * K rows
+                 dispatch   rows and their weights: all_to_all over ep, all_gather over tp        M rows
+                 experts    weighted SwiGLU on w[L, .., F/tp, ..]                  y[M, D]{tp}
+                 combine    reduce_scatter over tp, all_to_all over ep             R rows
+    y[T/tp, D]   unpermute  sum over the k rows of a token
+
+On one rank `experts` reads the tokens themselves and sums each token's rows: nothing is permuted. With more ranks each
+arriving row is a token with one expert. A row's weight travels with it, so that its gradient is computed where the
+expert is and the experts' outputs need not be kept; what does not depend on the rows that travel, the statistics of the
+router, is computed meanwhile.
 
 The router weight is replicated over tp while every tp rank routes tokens of its own, so its gradient is summed over tp
 (`copy_to`). Dropless by default; a capacity factor drops, per rank and micro-batch, what lies past
@@ -16,12 +21,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_engine.config import Model
 from moe_engine.model.router_losses import pack_stats
-from moe_engine.ops import grouped_mm, permute, router_topk, sort_by_expert, swiglu, unpermute
+from moe_engine.ops import experts, permute, router_logits, router_topk, sort_by_expert, unpermute
 from moe_engine.parallel.collectives import copy_to, reduce_from
 from moe_engine.parallel.dispatch import combine, dispatch
 from moe_engine.parallel.mesh import Mesh
@@ -59,17 +63,15 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         config = self.config
-        x_TD = x_TD.float()
         if self.training and config.router_jitter_noise:
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(
-                1 - config.router_jitter_noise, 1 + config.router_jitter_noise
-            )
-        logits_TE = F.linear(x_TD, copy_to(self.weight, self.tp).float())
-        weight_TK, chosen_TK, probs_TE = router_topk(
+            noise_TD = torch.empty_like(x_TD, dtype=torch.float32)
+            x_TD = x_TD * noise_TD.uniform_(1 - config.router_jitter_noise, 1 + config.router_jitter_noise)
+        logits_TE = router_logits(x_TD, copy_to(self.weight, self.tp))
+        weight_TK, chosen_TK, probs_TE, lse_T = router_topk(
             logits_TE, config.num_experts_per_tok, config.norm_topk_prob, self.expert_bias
         )
         weight_TK = weight_TK * config.routed_scaling_factor
-        z_T = logits_TE.logsumexp(1).square()
+        z_T = lse_T.square()
         dropped_TK = self._overflow(chosen_TK)
         if dropped_TK is None:
             return Routing(weight_TK, chosen_TK, chosen_TK, probs_TE, z_T, torch.zeros_like(z_T))
@@ -99,18 +101,21 @@ class Experts(nn.Module):
         self.w_gate_up = weight((experts, 2, width, hidden), cut=cut, std=config.initializer_range)
         self.w_down = weight((experts, hidden, width), cut=cut, std=config.initializer_range)
 
-    def forward(self, rows_MD: Tensor, counts_L: Tensor) -> Tensor:
-        """rows sorted by local expert -> y[M, D]{tp}; rows past sum(counts) give zeros."""
-        h_MF = swiglu(grouped_mm(rows_MD, self.w_gate_up.flatten(1, 2), counts_L))
-        return grouped_mm(h_MF, self.w_down, counts_L)
+    def forward(self, x_TD: Tensor, weight_TK: Tensor, index_TK: Tensor, keep_h: bool) -> Tensor:
+        """The weighted sum y[T, D]{tp} of the experts index_TK (int32, L = none) on x[T, D]."""
+        routing = sort_by_expert(index_TK, self.w_down.shape[0])
+        return experts(x_TD, weight_TK, self.w_gate_up.flatten(1, 2), self.w_down, *routing, keep_h)
 
 
 class MoE(nn.Module):
-    """Router and experts of one layer. Returns the layer's output and the router's statistics for losses and logs."""
+    """Router and experts of one layer. Returns the layer's output and the router's statistics for losses and logs.
 
-    def __init__(self, config: Model, mesh: Mesh):
+    keep_h: False drops the experts' hidden activations, which backward then computes again.
+    """
+
+    def __init__(self, config: Model, mesh: Mesh, keep_h: bool = True):
         super().__init__()
-        self.experts_total, self.ep, self.tp = config.num_local_experts, mesh.ep, mesh.tp
+        self.num_experts, self.ep, self.tp, self.keep_h = config.num_local_experts, mesh.ep, mesh.tp, keep_h
         self.router = Router(config, mesh)
         self.experts = Experts(config, mesh)
 
@@ -120,17 +125,13 @@ class MoE(nn.Module):
         Returns y[T/tp, D] and stats[B, X] (see router_losses), complete on every tp rank.
         """
         routing = self.router(x_TD)
-        counts_E, token_of_row_R, row_of_TK = sort_by_expert(routing.index_TK, self.experts_total)
-        rows_RD = permute(x_TD, token_of_row_R, row_of_TK)
-        rows_RD = self._on_experts(rows_RD, counts_E)
-        y_TD = unpermute(rows_RD, routing.weight_TK, row_of_TK)
-        return y_TD, reduce_from(member_BT @ pack_stats(*routing[2:]), self.tp)
-
-    def _on_experts(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         if self.ep.size == self.tp.size == 1:
-            return self.experts(rows_RD, counts_E)
-        rows_MD, expert_M, route = dispatch(rows_RD, counts_E, self.ep, self.tp)
-        counts_L, source_of_M, place_of_M1 = sort_by_expert(expert_M.unsqueeze(1), self.experts_total // self.ep.size)
-        rows_MD = self.experts(permute(rows_MD, source_of_M, place_of_M1), counts_L)
-        rows_MD = permute(rows_MD, place_of_M1.squeeze(1), source_of_M.unsqueeze(1))  # back to arrival order
-        return combine(rows_MD, route, self.ep, self.tp)
+            y_TD = self.experts(x_TD, routing.weight_TK, routing.index_TK, self.keep_h)
+            return y_TD, member_BT @ pack_stats(*routing[2:])
+        counts_E, assignment_of_row_R, row_of_TK = sort_by_expert(routing.index_TK, self.num_experts)
+        rows_RD = permute(x_TD, assignment_of_row_R, row_of_TK)
+        weight_R1 = permute(routing.weight_TK.view(-1, 1), assignment_of_row_R, row_of_TK.view(-1, 1))
+        flight = dispatch(rows_RD, weight_R1, counts_E, self.ep, self.tp)
+        stats_BX = reduce_from(member_BT @ pack_stats(*routing[2:]), self.tp)
+        rows_RD = combine(self.experts(*flight.land(), self.keep_h), flight.route, self.ep, self.tp)
+        return unpermute(rows_RD, assignment_of_row_R, row_of_TK), stats_BX

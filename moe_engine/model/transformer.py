@@ -35,12 +35,12 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """One decoder layer. Returns x[T/tp, D] and the router's stats[B, X], X = 0 for a dense feed-forward layer."""
 
-    def __init__(self, config: Model, mesh: Mesh, layer: int):
+    def __init__(self, config: Model, mesh: Mesh, layer: int, keep_h: bool = True):
         super().__init__()
         self.attention_norm = RMSNorm(config, mesh)
         self.attention = Attention(config, mesh)
         self.ffn_norm = RMSNorm(config, mesh)
-        self.ffn = MoE(config, mesh) if config.is_moe(layer) else DenseMLP(config, mesh)
+        self.ffn = MoE(config, mesh, keep_h) if config.is_moe(layer) else DenseMLP(config, mesh)
 
     def forward(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor]:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), at)
@@ -54,7 +54,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The whole decoder on this rank of the mesh.
 
-    recompute: "none"; "selective" keeps matrix products and attention and recomputes the rest of a layer in backward;
+    recompute: "none"; "selective" keeps matrix products, attention and the output of the experts, and recomputes the
+    rest of a layer in backward, the experts' gate and up products too, whose results are most of a layer's activations;
     "full" keeps only a layer's input. Both keep the routing of the first pass, so that no token changes its expert.
     """
 
@@ -62,7 +63,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.tp, self.recompute = config, mesh.tp, recompute
         self.embedding = VocabEmbedding(config.vocab_size, config.hidden_size, mesh.tp, config.initializer_range)
-        self.layers = nn.ModuleList(Block(config, mesh, i) for i in range(config.num_hidden_layers))
+        keep_h = recompute != "selective"
+        self.layers = nn.ModuleList(Block(config, mesh, i, keep_h) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, mesh)
         self.head = ColumnLinear(config.hidden_size, config.vocab_size, mesh.tp, config.initializer_range)
         if config.tie_word_embeddings:
@@ -135,7 +137,7 @@ PRODUCTS = (
     "aten::mm",
     "aten::addmm",
     "aten::linear",
-    "moe_engine::grouped_mm",
+    "moe_engine::experts",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",

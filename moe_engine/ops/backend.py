@@ -4,12 +4,14 @@ Loading `moe_engine._C` registers its kernels with PyTorch's dispatcher under th
 over the reference, which is registered for every device.
 """
 
+import importlib
 import importlib.util
 import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -35,18 +37,38 @@ compiled: bool = _load_extension()
 """True if the C++ kernels serve CPU tensors."""
 
 
-class _Reference(TorchDispatchMode):
-    """Sends the ops of moe_engine to the kernel registered for every device, which is the reference."""
+def on_cuda(folder: str, **ops: Any) -> None:
+    """Let each op run the function of its name in the folder's triton.py when a CUDA tensor arrives; fp64, which serves
+    debugging, stays with the reference. triton.py is imported then, not before: without a GPU Triton is not touched."""
+    for name, op in ops.items():
+
+        def launch(*args: Any, name: str = name) -> Any:
+            wide = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
+            return getattr(importlib.import_module(f"{folder}.{'reference' if wide else 'triton'}"), name)(*args)
+
+        op.register_kernel("cuda", launch)
+
+
+_KEYS = {"reference": torch._C.DispatchKey.CompositeExplicitAutograd, "triton": torch._C.DispatchKey.CUDA}
+
+
+class _Forced(TorchDispatchMode):
+    """Sends the ops of moe_engine to the kernel registered under one dispatch key, whatever the device."""
+
+    def __init__(self, backend: str):
+        super().__init__()
+        self.backend = backend
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "moe_engine":
-            return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
+            return func._op_dk(_KEYS[self.backend], *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def use(backend: str) -> AbstractContextManager:
-    """Within `with use("reference"):` this thread's ops run their plain torch definition. A backward pass that should
-    use it too has to run inside the block."""
-    if backend != "reference":
-        raise ValueError(f'found backend {backend!r}, expected "reference": outside the block the dispatcher chooses')
-    return _Reference()
+    """Within `with use("reference"):` this thread's ops run their plain torch definition; within `use("triton")` the
+    CUDA kernels, which on CPU tensors needs Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported). A
+    backward pass that should use it too has to run inside the block."""
+    if backend not in _KEYS:
+        raise ValueError(f"found backend {backend!r}, expected one of {sorted(_KEYS)}; outside, the dispatcher chooses")
+    return _Forced(backend)

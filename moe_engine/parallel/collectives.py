@@ -7,7 +7,9 @@
     reduce_from(x, axis)         identity                 partial sums {axis} -> replicated
     all_to_all(x, send, recv)    all_to_all(recv, send)   rows change owner
 
-Rows are always dimension 0. Along an axis of size 1 each of them is the identity.
+Rows are always dimension 0. Along an axis of size 1 each of them is the identity. `start_all_to_all(...).wait()` is
+all_to_all in two halves: what is computed between them, and in backward the gradients of that, overlaps with the rows
+that travel.
 """
 
 import torch
@@ -54,12 +56,6 @@ def gather_rows(x: Tensor, axis: Axis) -> Tensor:
 def _scatter_sum(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
     REDUCE_SCATTER(out, x.contiguous(), group=axis.group)
-    return out
-
-
-def _exchange(x: Tensor, send: list[int], recv: list[int], axis: Axis) -> Tensor:
-    out = x.new_empty(sum(recv), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), recv, send, group=axis.group)
     return out
 
 
@@ -110,16 +106,61 @@ class _ReduceFrom(torch.autograd.Function):
         return grad, None
 
 
-class _AllToAll(torch.autograd.Function):
+class Trip:
+    """An all-to-all under way: `rows` is being filled, and is complete in what `wait` returns."""
+
+    rows: Tensor
+
+    def __init__(self, send: list[int], recv: list[int], axis: Axis):
+        self.send, self.recv, self.axis = send, recv, axis
+        self.under_way: tuple[dist.Work, Tensor, Tensor] | None = None  # keeps both ends alive
+
+    def launch(self, x: Tensor, send: list[int], recv: list[int]) -> Tensor:
+        x, out = x.contiguous(), x.new_empty(sum(recv), *x.shape[1:])
+        work = dist.all_to_all_single(out, x, recv, send, group=self.axis.group, async_op=True)
+        assert work is not None
+        self.under_way = work, x, out
+        return out
+
+    def finish(self) -> Tensor:
+        assert self.under_way is not None, "nothing is under way"
+        work, _, out = self.under_way
+        work.wait()
+        self.under_way = None
+        return out
+
+    def wait(self) -> Tensor:
+        """The rows that arrived: sum(recv) of them, in the order of the ranks that sent them."""
+        return self.rows if self.axis.size == 1 else _Arrive.apply(self.rows, self)  # pyright: ignore[reportReturnType]
+
+
+class _Leave(torch.autograd.Function):
+    """The first half. Its backward is the second half of the gradient's trip back, and the other way round: what
+    autograd carries from one to the other has the shape that it expects and is not used."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, send: list[int], recv: list[int], axis: Axis) -> Tensor:
-        ctx.send, ctx.recv, ctx.axis = send, recv, axis
-        return _exchange(x, send, recv, axis)
+    def forward(ctx, x: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.launch(x, trip.send, trip.recv)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, unused: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.trip.finish(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        trip.finish()
+        return rows.view_as(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _exchange(grad, ctx.recv, ctx.send, ctx.axis), None, None, None
+        ctx.trip.launch(grad, ctx.trip.recv, ctx.trip.send)
+        return grad, None
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
@@ -142,6 +183,13 @@ def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis)  # pyright: ignore[reportReturnType]
 
 
+def start_all_to_all(x: Tensor, send: list[int], recv: list[int], axis: Axis) -> Trip:
+    """Rows leave for their new owners: the first send[0] rows go to rank 0, and so on; recv[i] come from rank i."""
+    trip = Trip(send, recv, axis)
+    trip.rows = x if axis.size == 1 else _Leave.apply(x, trip)  # pyright: ignore[reportAttributeAccessIssue]
+    return trip
+
+
 def all_to_all(x: Tensor, send: list[int], recv: list[int], axis: Axis) -> Tensor:
-    """Rows to their new owners: the first send[0] rows go to rank 0, and so on -> sum(recv) rows, in rank order."""
-    return x if axis.size == 1 else _AllToAll.apply(x, send, recv, axis)  # pyright: ignore[reportReturnType]
+    """Rows to their new owners -> sum(recv) rows, in rank order. See start_all_to_all."""
+    return start_all_to_all(x, send, recv, axis).wait()

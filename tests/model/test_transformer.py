@@ -84,10 +84,11 @@ def test_flops_are_those_that_torch_counts(changes: dict[str, object]):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         transformer(tokens, positions, labels)
     length, heads = 12, config.num_attention_heads * config.head_dim
-    experts = config.num_moe_layers * config.num_experts_per_tok * 6 * config.hidden_size * config.moe_intermediate_size
+    experts = config.num_experts_per_tok * 6 * config.hidden_size * config.moe_intermediate_size
+    custom = config.num_moe_layers * (experts + 2 * config.hidden_size * config.num_local_experts)
     attended = config.num_hidden_layers * 4 * heads
     statistics = config.num_moe_layers * 2 * len(tokens) * (3 * config.num_local_experts + 3)
-    ours = forward_flops_per_token(config, length) - experts + statistics + attended * (length - (length + 1) / 2)
+    ours = forward_flops_per_token(config, length) - custom + statistics + attended * (length - (length + 1) / 2)
     by_op = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     sdpa = sum(n for op, n in by_op.items() if "scaled_dot_product" in op)
     seen = counter.get_total_flops() + (attended * length * tokens.numel() if not sdpa else 0)

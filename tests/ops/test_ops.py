@@ -19,9 +19,9 @@ def test_ops_import_with_torch_alone() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_use_takes_only_the_reference() -> None:
-    with pytest.raises(ValueError, match="found backend 'triton'"):
-        ops.use("triton")
+def test_use_names_the_backends_that_can_be_forced() -> None:
+    with pytest.raises(ValueError, match=r"found backend 'cuda', expected one of \['reference', 'triton'\]"):
+        ops.use("cuda")
 
 
 @pytest.mark.skipif(not ops.compiled, reason="moe_engine._C was not built")
@@ -34,14 +34,27 @@ def test_use_reference_changes_the_kernel_inside_the_block_only() -> None:
     assert not torch.equal(ops.swiglu(x), plain)  # another exp: equal to 1e-7, not in every bit
 
 
+def experts_of(w_gate_up: Tensor) -> Tensor:
+    """Two tokens of width 4 through 3 experts of width 2, given one of the matrices."""
+    routing = ops.sort_by_expert(torch.zeros(2, 1).int(), 3)
+    return ops.experts(torch.zeros(2, 4), torch.ones(2, 1), w_gate_up, torch.zeros(3, 4, 2), *routing)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: ops.router_topk(torch.zeros(2, 4), 5, True), "found k = 5, expected 1 to 4"),
         (lambda: ops.router_topk(torch.zeros(2, 4).bfloat16(), 2, True), "bfloat16"),
         (lambda: ops.sort_by_expert(torch.zeros(2, 4), 4), "expected .T, K. int32"),
-        (lambda: ops.permute(torch.zeros(2, 4), torch.zeros(3).int(), torch.zeros(2, 2).int()), "found 3 rows"),
-        (lambda: ops.unpermute(torch.zeros(4, 4), torch.zeros(2, 1), torch.zeros(2, 2).int()), "found weights"),
+        (
+            lambda: ops.permute(torch.zeros(2, 4), torch.zeros(3).int(), torch.zeros(2, 2).int()),
+            "assignment_of_row .3,",
+        ),
+        (lambda: ops.unpermute(torch.zeros(3, 4), torch.zeros(4).int(), torch.zeros(2, 2).int()), "expected 4 rows"),
+        (lambda: ops.router_logits(torch.zeros(2, 4), torch.zeros(3, 5)), "expected .T, D. and .E, D."),
+        (lambda: experts_of(torch.zeros(3, 2, 5)), "expected .T, D., .E, 2F, D."),
+        (lambda: experts_of(torch.zeros(3, 4, 4).bfloat16()), "expected one dtype"),
+        (lambda: experts_of(torch.zeros(2, 4, 4)), "expected .T, D., .E, 2F, D."),
         (lambda: ops.grouped_mm(torch.zeros(2, 4), torch.zeros(1, 3, 5), torch.ones(1).int()), "expected .R, K."),
         (lambda: ops.grouped_mm(torch.zeros(2, 4), torch.zeros(1, 3, 4), torch.ones(2).int()), "one per expert"),
         (lambda: ops.swiglu(torch.zeros(2, 3)), "expected .R, 2F."),
@@ -83,11 +96,9 @@ def test_ties_choose_the_lowest_index_in_order() -> None:
 
 def moe_layer(k: int, drop: Tensor, x_TD: Tensor, logits_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """A whole MoE feed-forward of ops; slots where `drop` is true are dropped."""
-    weight, index, _ = ops.router_topk(logits_TE, k, True)
+    weight, index, _, _ = ops.router_topk(logits_TE, k, True)
     index, weight = index.masked_fill(drop, gate_up.shape[0]), weight.masked_fill(drop, 0)
-    counts, token_of_row, row_of = ops.sort_by_expert(index, gate_up.shape[0])
-    hidden = ops.swiglu(ops.grouped_mm(ops.permute(x_TD, token_of_row, row_of), gate_up, counts))
-    return ops.unpermute(ops.grouped_mm(hidden, down, counts), weight, row_of)
+    return ops.experts(x_TD, weight, gate_up, down, *ops.sort_by_expert(index, gate_up.shape[0]))
 
 
 def dense_layer(k: int, drop: Tensor, x_TD: Tensor, logits_TE: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

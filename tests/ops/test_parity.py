@@ -12,10 +12,10 @@ from torch import Tensor
 from moe_engine import ops
 from moe_engine.ops.case import Case
 
-FOLDERS = ["router_topk", "permute", "grouped_mm", "swiglu", "cross_entropy"]
+FOLDERS = ["router_logits", "router_topk", "permute", "grouped_mm", "swiglu", "experts", "cross_entropy"]
 MODULES = {folder: import_module(f"moe_engine.ops.{folder}.cases") for folder in FOLDERS}
 CASES = [(folder, case) for folder, module in MODULES.items() for case in module.CASES]
-DIFFERENTIABLE = {"router_topk", "permute", "unpermute", "grouped_mm", "swiglu"}
+DIFFERENTIABLE = {"router_logits", "router_topk", "permute", "unpermute", "grouped_mm", "swiglu", "experts"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 BACKENDS = [
     "reference",
@@ -106,10 +106,12 @@ def test_schema_fake_and_autograd_registration(folder: str, case: Case) -> None:
 
 
 GRADIENTS = {
+    "router_logits": "T7 D33 E5",
     "router_topk": "T13 E5 k3 renormalize bias",
     "permute": "T7 D33 E5 k3 even",
     "grouped_mm": "counts [3, 0, 5, 1] beyond 0 N7 K9",
     "swiglu": "R3 F17 scale 1",
+    "experts": "T7 D33 F17 E5 k3 even",
 }
 
 

@@ -24,6 +24,7 @@ class Scene(NamedTuple):
     """What a rank sends: rows in order of their experts; expert EXPERTS means dropped."""
 
     rows: Tensor
+    weights: Tensor
     experts: Tensor
     upstream: Tensor
 
@@ -41,7 +42,9 @@ def scene(name: str, rank: int) -> Scene:
     elif name == "dropped":
         experts[:: 2 if rank else 1] = EXPERTS  # rank 0 drops everything
     rows = torch.randn(len(experts), WIDTH, generator=draw, dtype=torch.float64)
-    return Scene(rows, experts.sort().values, torch.randn(len(experts), WIDTH, generator=draw, dtype=torch.float64))
+    weights = torch.rand(len(experts), 1, generator=draw, dtype=torch.float64)
+    upstream = torch.randn(len(experts), WIDTH, generator=draw, dtype=torch.float64)
+    return Scene(rows, weights, experts.sort().values, upstream)
 
 
 def matrices(parts: int) -> Tensor:
@@ -52,7 +55,8 @@ def matrices(parts: int) -> Tensor:
 
 def loop(mine: Scene, experts: Tensor) -> Tensor:
     """Row by row, on one process; dropped rows come back as zeros."""
-    out = [row @ experts[e] if e < EXPERTS else torch.zeros(WIDTH).double() for row, e in zip(mine.rows, mine.experts)]
+    each = zip(mine.rows, mine.weights, mine.experts)
+    out = [w * row @ experts[e] if e < EXPERTS else torch.zeros(WIDTH).double() for row, w, e in each]
     return torch.stack(out) if out else mine.rows.new_empty(0, WIDTH)
 
 
@@ -61,29 +65,34 @@ def matrices_on_rank(rank: int, mesh: Mesh, name: str) -> None:
     mine, local = scene(name, rank), EXPERTS // ep
     parts = matrices(tp)
     counts = torch.bincount(mine.experts, minlength=EXPERTS + 1)[:EXPERTS].int()
-    rows = mine.rows.clone().requires_grad_()
+    rows, weights = mine.rows.clone().requires_grad_(), mine.weights.clone().requires_grad_()
     experts = parts[mesh.tp.rank][mesh.ep.cut(EXPERTS)].clone().requires_grad_()
 
-    rows_MD, expert_M, route = dispatch(rows, counts, mesh.ep, mesh.tp)
-    assert rows_MD.shape[0] == len(expert_M) and expert_M.dtype == torch.int32
+    flight = dispatch(rows, weights, counts, mesh.ep, mesh.tp)
+    meanwhile = (rows * 3).sum()  # work between the halves, whose gradient meets that of the rows
+    rows_MD, weight_M1, expert_M1 = flight.land()
+    assert rows_MD.shape[0] == len(weight_M1) == len(expert_M1) and expert_M1.dtype == torch.int32
     padded = torch.cat([experts, experts.new_zeros(1, WIDTH, WIDTH)])  # expert L marks padding
-    y = combine(torch.einsum("md,mdh->mh", rows_MD, padded[expert_M.long()]), route, mesh.ep, mesh.tp)
-    y.backward(mine.upstream)
+    out_MD = torch.einsum("md,mdh->mh", weight_M1 * rows_MD, padded[expert_M1.squeeze(1).long()])
+    y = combine(out_MD, flight.route, mesh.ep, mesh.tp)
+    torch.autograd.backward([y, meanwhile], [mine.upstream, torch.ones_like(meanwhile)])
 
-    truth_rows = mine.rows.clone().requires_grad_()
-    truth = loop(mine._replace(rows=truth_rows), parts.sum(0))
+    leaves = mine.rows.clone().requires_grad_(), mine.weights.clone().requires_grad_()
+    truth = loop(mine._replace(rows=leaves[0], weights=leaves[1]), parts.sum(0))
     torch.testing.assert_close(y, truth)
     truth.backward(mine.upstream) if truth.requires_grad else None
-    torch.testing.assert_close(rows.grad, torch.zeros_like(rows) if truth_rows.grad is None else truth_rows.grad)
+    for found, leaf, constant in zip((rows, weights), leaves, (3.0, 0.0), strict=True):
+        wanted = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        torch.testing.assert_close(found.grad, wanted + constant)
 
     plane = [
         r for r in range(dp * ep * tp) if r // (ep * tp) == rank // (ep * tp)
     ]  # the ranks that share these experts
     wanted = torch.zeros_like(experts)
     for other in (scene(name, r) for r in plane):
-        for row, e, g in zip(other.rows, other.experts.tolist(), other.upstream):
+        for row, w, e, g in zip(other.rows, other.weights, other.experts.tolist(), other.upstream):
             if e < EXPERTS and e // local == mesh.ep.rank:
-                wanted[e % local] += torch.outer(row, g)
+                wanted[e % local] += torch.outer(w * row, g)
     torch.testing.assert_close(experts.grad, wanted)
 
 
@@ -91,12 +100,13 @@ def round_trip_on_rank(rank: int, mesh: Mesh, name: str) -> None:
     """Without experts in between, what is not dropped comes back bit for bit (one tp rank alone contributes)."""
     mine, plane = scene(name, rank), mesh.ep.size * mesh.tp.size
     counts = torch.bincount(mine.experts, minlength=EXPERTS + 1)[:EXPERTS].int()
-    rows_MD, expert_M, route = dispatch(mine.rows, counts, mesh.ep, mesh.tp)
+    flight = dispatch(mine.rows, mine.weights, counts, mesh.ep, mesh.tp)
+    rows_MD, _, expert_M1 = flight.land()
     sent = torch.cat([scene(name, r).experts for r in range(mesh.world.size) if r // plane == rank // plane])
     here = mesh.ep.cut(EXPERTS)
-    arrived = torch.bincount(expert_M, minlength=here.stop - here.start + 1)[: here.stop - here.start]
+    arrived = torch.bincount(expert_M1.squeeze(1), minlength=here.stop - here.start + 1)[: here.stop - here.start]
     assert arrived.tolist() == torch.bincount(sent, minlength=EXPERTS + 1)[here].tolist()
-    back = combine(rows_MD if mesh.tp.rank == 0 else torch.zeros_like(rows_MD), route, mesh.ep, mesh.tp)
+    back = combine(rows_MD if mesh.tp.rank == 0 else torch.zeros_like(rows_MD), flight.route, mesh.ep, mesh.tp)
     assert torch.equal(back, mine.rows * (mine.experts < EXPERTS).unsqueeze(1))
 
 

@@ -14,10 +14,12 @@ them.
 import torch
 from torch import Tensor
 
+from moe_engine.ops.backend import on_cuda
 from moe_engine.ops.cross_entropy import reference
 
 _stats = torch.library.custom_op("moe_engine::cross_entropy_stats", reference.cross_entropy_stats, mutates_args=())
 _grad = torch.library.custom_op("moe_engine::cross_entropy_grad", reference.cross_entropy_grad, mutates_args=())
+on_cuda(__name__, cross_entropy_stats=_stats, cross_entropy_grad=_grad)
 
 
 def cross_entropy_stats(logits_TV: Tensor, label_T: Tensor, first_id: int) -> tuple[Tensor, Tensor, Tensor]:

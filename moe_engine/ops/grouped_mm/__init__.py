@@ -13,11 +13,13 @@ dw of exactly 0 (torch.nn.functional.grouped_mm leaves such rows uninitialised).
 import torch
 from torch import Tensor
 
+from moe_engine.ops.backend import on_cuda
 from moe_engine.ops.grouped_mm import reference
 
 _forward = torch.library.custom_op("moe_engine::grouped_mm", reference.grouped_mm, mutates_args=())
 _dx = torch.library.custom_op("moe_engine::grouped_mm_dx", reference.grouped_mm_dx, mutates_args=())
 _dw = torch.library.custom_op("moe_engine::grouped_mm_dw", reference.grouped_mm_dw, mutates_args=())
+on_cuda(__name__, grouped_mm=_forward, grouped_mm_dx=_dx, grouped_mm_dw=_dw)
 
 
 def grouped_mm(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:

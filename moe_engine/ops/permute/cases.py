@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_engine.ops import permute, sort_by_expert, unpermute
-from moe_engine.ops.case import Case, seeded, wide
+from moe_engine.ops.case import Case, seeded
 
 # relative to the largest value of the fp64 result
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float64: 1e-12}
@@ -36,24 +36,16 @@ def index_of(tokens: int, experts: int, k: int, choice: str, generator: torch.Ge
 def _cases(tokens: int, width: int, experts: int, k: int, choice: str) -> list[Case]:
     name = f"T{tokens} D{width} E{experts} k{k} {choice}"
 
-    def routed() -> tuple:
-        generator = seeded(name)
-        index = index_of(tokens, experts, k, choice, generator)
-        return generator, index, *sort_by_expert(index, experts)
-
     def sort_inputs(dtype: torch.dtype) -> tuple:
-        return routed()[1], experts
+        return index_of(tokens, experts, k, choice, seeded(name)), experts
 
     def permute_inputs(dtype: torch.dtype) -> tuple:
-        generator, _, _, token_of_row, row_of = routed()
-        return torch.randn(tokens, width, generator=generator).to(dtype), token_of_row, row_of
+        _, assignment_of_row, row_of = sort_by_expert(*sort_inputs(dtype))
+        return torch.randn(tokens, width, generator=seeded(name)).to(dtype), assignment_of_row, row_of
 
     def unpermute_inputs(dtype: torch.dtype) -> tuple:
-        generator, index, counts, _, row_of = routed()
-        rows = torch.randn(tokens * k, width, generator=generator).to(dtype)
-        rows[int(counts.sum()) :] = float("nan")  # rows of dropped slots hold anything
-        weight = torch.rand(tokens, k, generator=generator).to(wide(dtype)) + 0.1
-        return rows, weight.masked_fill(index == experts, 0), row_of
+        _, assignment_of_row, row_of = sort_by_expert(*sort_inputs(dtype))
+        return torch.randn(tokens * k, width, generator=seeded(name)).to(dtype), assignment_of_row, row_of
 
     return [
         Case("sort " + name, sort_by_expert, sort_inputs),

@@ -4,18 +4,20 @@ import torch
 from torch import Tensor
 
 
-def router_topk(logits: Tensor, k: int, renormalize: bool, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def router_topk(
+    logits: Tensor, k: int, renormalize: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     probs = torch.softmax(logits, dim=-1)
     score = probs if bias is None else probs + bias
     index = torch.sort(score, dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
     weight = probs.gather(-1, index)
     if renormalize:
         weight = weight / weight.sum(-1, keepdim=True)
-    return weight, index.int(), probs
+    return weight, index.int(), probs, logits.logsumexp(-1)
 
 
 def router_topk_backward(
-    grad_weight: Tensor, grad_probs: Tensor, index: Tensor, probs: Tensor, renormalize: bool
+    grad_weight: Tensor, grad_probs: Tensor, grad_lse: Tensor, index: Tensor, probs: Tensor, renormalize: bool
 ) -> Tensor:
     index = index.long()
     if renormalize:
@@ -23,4 +25,4 @@ def router_topk_backward(
         total = chosen.sum(-1, keepdim=True)
         grad_weight = (grad_weight - (grad_weight * chosen / total).sum(-1, keepdim=True)) / total
     grad = grad_probs.scatter_add(-1, index, grad_weight)
-    return probs * (grad - (grad * probs).sum(-1, keepdim=True))
+    return probs * (grad - (grad * probs).sum(-1, keepdim=True) + grad_lse[:, None])

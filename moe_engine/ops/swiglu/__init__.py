@@ -7,10 +7,12 @@ y_RF = silu(gate) * up                   silu(g) = g * sigmoid(g), in fp32, roun
 import torch
 from torch import Tensor
 
+from moe_engine.ops.backend import on_cuda
 from moe_engine.ops.swiglu import reference
 
 _forward = torch.library.custom_op("moe_engine::swiglu", reference.swiglu, mutates_args=())
 _backward = torch.library.custom_op("moe_engine::swiglu_backward", reference.swiglu_backward, mutates_args=())
+on_cuda(__name__, swiglu=_forward, swiglu_backward=_backward)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -1,0 +1,13 @@
+"""Definition of router_logits in plain torch."""
+
+import torch
+from torch import Tensor
+
+
+def router_logits(x: Tensor, w: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.to(wide) @ w.to(wide).T
+
+
+def router_logits_backward(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return (grad @ w.to(grad.dtype)).to(x.dtype), (grad.T @ x.to(grad.dtype)).to(w.dtype)
