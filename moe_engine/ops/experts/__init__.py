@@ -70,8 +70,8 @@ def _check_routing(
     rows = assignment_of_row.shape[0]
     if weight.shape != row_of.shape or row_of.shape[0] != x.shape[0] or row_of.numel() != rows:
         raise ValueError(
-            f"found weight {tuple(weight.shape)}, row_of {tuple(row_of.shape)} and {rows} rows for {x.shape[0]} tokens, "
-            "expected [T, K] twice and T*K rows"
+            f"found weight {tuple(weight.shape)}, row_of {tuple(row_of.shape)} and {rows} rows for {x.shape[0]} "
+            "tokens, expected [T, K] twice and T*K rows"
         )
     if counts.shape != w_down.shape[:1]:
         raise ValueError(f"found {tuple(counts.shape)} counts for {w_down.shape[0]} experts, expected one for each")

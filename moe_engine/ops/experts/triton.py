@@ -1,0 +1,217 @@
+"""experts on CUDA, in the kernels of SonicMoE (arXiv 2512.14080) as far as Triton can express them:
+
+    up      h, a     tokens gathered in the load, both halves of w_gate_up, s * SwiGLU in the epilogue
+    matmul  o        a @ w_down.T                                                   (grouped_mm)
+    sum     y        each token's rows, in the order of its choices                 (permute)
+
+    down    dh, a, dweight   dy gathered in the load; da = dy @ w_down never leaves the chip: the epilogue reads h,
+                             computes a again, and writes the gradients of gate and up and a's row sums with da
+    weights dw_down          dy gathered in the load                                (grouped_mm)
+    weights dw_gate_up       x gathered in the load                                 (grouped_mm)
+    matmul  dx of rows       dh @ w_gate_up                                         (grouped_mm)
+    sum     dx               each token's rows                                      (permute)
+
+The epilogue of `down` works on a quarter of its columns at a time: on all of them it would need more registers than
+there are. What each tile adds to dweight goes to a place of its own, and the places are summed in order.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_engine.ops import tune
+from moe_engine.ops.grouped_mm import triton as grouped
+from moe_engine.ops.grouped_mm.triton import block, experts_of, locate
+from moe_engine.ops.permute.triton import unpermute
+from moe_engine.ops.tune import Tile, Tiles
+
+UP = Tiles(
+    hopper=(
+        Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4),
+        Tile(32, 64, 64, 4, 4),
+    ),
+    ampere=(Tile(128, 64, 64, 8, 3), Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 4, 3), Tile(32, 64, 64, 4, 3)),
+    single=(Tile(32, 32, 16, 4, 3), Tile(64, 32, 16, 8, 3)),
+)  # fmt: skip
+DOWN = Tiles(
+    hopper=(
+        Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4),
+        Tile(32, 64, 64, 4, 4),
+    ),
+    ampere=(Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 4, 4), Tile(32, 64, 64, 4, 3)),
+    single=(Tile(32, 64, 32, 4, 3), Tile(64, 64, 16, 8, 3)),
+)  # fmt: skip
+
+
+@triton.jit
+def up_kernel(
+    x, weight, w, h, a, counts, of_row, rows, experts, D, F,
+    KEEP: tl.constexpr, ACTIVATE: tl.constexpr, BY: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr,
+    PRECISION: tl.constexpr, m: tl.constexpr, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr,
+):  # fmt: skip
+    start_E, end_E, tiles_E = experts_of(counts, rows, experts, m, E_PAD)
+    n_tiles = tl.cdiv(F, n)
+    for tile in tl.range(tl.program_id(0), tl.max(tiles_E, 0) * n_tiles, tl.num_programs(0)):
+        e, row, end, n_tile = locate(tile, n_tiles, start_E, end_E, tiles_E, m, group, E_PAD)
+        r, c = row + tl.arange(0, m), n_tile * n + tl.arange(0, n)
+        there, inside = r < end, (r < end)[:, None] & (c < F)[None, :]
+        assignment = tl.load(of_row + r, mask=there, other=0)
+        token, at_k = (assignment // BY).to(tl.int64)[:, None] * D, tl.arange(0, k)
+        gate, up = tl.zeros((m, n), tl.float32), tl.zeros((m, n), tl.float32)
+        for step in range(tl.where(e < experts, tl.cdiv(D, k), 0)):
+            d = step * k + at_k
+            left = tl.load(x + token + d[None, :], mask=there[:, None] & (TMA | (d < D)[None, :]), other=0.0)
+            right = block(w, e * 2 * F + n_tile * n, step * k, experts * 2 * F, D, n, k, TMA)
+            gate = tl.dot(left, right.T, gate, input_precision=PRECISION)
+            right = block(w, e * 2 * F + F + n_tile * n, step * k, experts * 2 * F, D, n, k, TMA)
+            up = tl.dot(left, right.T, up, input_precision=PRECISION)
+        to = r.to(tl.int64)[:, None]
+        if KEEP:
+            tl.store(h + to * 2 * F + c[None, :], gate.to(h.dtype.element_ty), mask=inside)
+            tl.store(h + to * 2 * F + F + c[None, :], up.to(h.dtype.element_ty), mask=inside)
+        if ACTIVATE:
+            # from the rounded h, as backward will see it
+            gate, up = gate.to(a.dtype.element_ty).to(tl.float32), up.to(a.dtype.element_ty).to(tl.float32)
+            s = tl.load(weight + assignment, mask=there, other=0.0)[:, None]
+            tl.store(a + to * F + c[None, :], (s * gate * tl.sigmoid(gate) * up).to(a.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def halves(x, m: tl.constexpr, n: tl.constexpr):
+    """x[m, n] -> its left and right half."""
+    return tl.split(tl.permute(tl.reshape(x, (m, 2, n // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def differentiate(da, s, h, dh, a, r, c, end, F):
+    """Some columns c of rows r: h and da give dh, s * a, and the row sums of da * a."""
+    inside, to = (r < end)[:, None] & (c < F)[None, :], r.to(tl.int64)[:, None]
+    gate = tl.load(h + to * 2 * F + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(h + to * 2 * F + F + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    d = da * s
+    d_gate = d * up * (sigmoid + silu * (1 - sigmoid))
+    tl.store(dh + to * 2 * F + c[None, :], d_gate.to(dh.dtype.element_ty), mask=inside)
+    tl.store(dh + to * 2 * F + F + c[None, :], (d * silu).to(dh.dtype.element_ty), mask=inside)
+    tl.store(a + to * F + c[None, :], (s * silu * up).to(a.dtype.element_ty), mask=inside)
+    return tl.sum(da * silu * up, 1)
+
+
+@triton.jit
+def down_kernel(
+    dy, weight, w, h, dh, a, dweight, counts, of_row, rows, experts, D, F,
+    BY: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    m: tl.constexpr, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr,
+):  # fmt: skip
+    start_E, end_E, tiles_E = experts_of(counts, rows, experts, m, E_PAD)
+    n_tiles = tl.cdiv(F, n)
+    for tile in tl.range(tl.program_id(0), tl.max(tiles_E, 0) * n_tiles, tl.num_programs(0)):
+        e, row, end, n_tile = locate(tile, n_tiles, start_E, end_E, tiles_E, m, group, E_PAD)
+        r, c = row + tl.arange(0, m), n_tile * n + tl.arange(0, n // 4)
+        there = r < end
+        assignment = tl.load(of_row + r, mask=there, other=0)
+        token, at_k = (assignment // BY).to(tl.int64)[:, None] * D, tl.arange(0, k)
+        da = tl.zeros((m, n), tl.float32)
+        for step in range(tl.where(e < experts, tl.cdiv(D, k), 0)):
+            d = step * k + at_k
+            left = tl.load(dy + token + d[None, :], mask=there[:, None] & (TMA | (d < D)[None, :]), other=0.0)
+            right = block(w, e * D + step * k, n_tile * n, e * D + D, F, k, n, TMA)
+            da = tl.dot(left, right, da, input_precision=PRECISION)
+        s = tl.load(weight + assignment, mask=there, other=0.0)[:, None]
+        left, right = halves(da, m, n)
+        first, second = halves(left, m, n // 2)
+        third, fourth = halves(right, m, n // 2)
+        total = differentiate(first, s, h, dh, a, r, c, end, F)
+        total += differentiate(second, s, h, dh, a, r, c + n // 4, end, F)
+        total += differentiate(third, s, h, dh, a, r, c + n // 2, end, F)
+        total += differentiate(fourth, s, h, dh, a, r, c + 3 * (n // 4), end, F)
+        tl.store(dweight + assignment.to(tl.int64) * n_tiles + n_tile, total, mask=there)
+
+
+class Layer:
+    """One layer's operands and the launches of its kernels."""
+
+    def __init__(self, x: Tensor, weight: Tensor, counts: Tensor, of_row: Tensor, row_of: Tensor, F: int):
+        self.x, self.weight = x.contiguous(), weight.contiguous()
+        self.counts, self.of_row, self.by = counts.contiguous(), of_row.contiguous(), row_of.shape[1]
+        self.rows, self.F, (self.tokens, self.D) = of_row.shape[0], F, x.shape
+        self.experts = counts.shape[0]
+
+    def choose(self, name: str, tiles: Tiles, run: Callable[[Tile], object]) -> Tile:
+        sizes = {"d": self.D, "f": self.F, "by": self.by}
+        return tune.choose(name, self.x.device, self.x.dtype, sizes, self.rows / self.experts, tiles, run)
+
+    def grid(self, tile: Tile) -> tuple[int]:
+        tiles = (triton.cdiv(self.rows, tile.m) + self.experts) * triton.cdiv(self.F, tile.n)
+        return grouped.programs(self.x.device, tiles, tile.warps)
+
+    def up(self, w_gate_up: Tensor, keep: bool, activate: bool) -> tuple[Tensor, Tensor]:
+        """h[R, 2F] if kept and a[R, F] if activated, else without rows."""
+        w = w_gate_up.contiguous().view(-1, self.D)
+        h = self.x.new_empty(self.rows if keep else 0, 2 * self.F)
+        a = self.x.new_empty(self.rows if activate else 0, self.F)
+
+        def run(tile: Tile) -> None:
+            tma = grouped.descriptors_can(tile, self.D, w)
+            up_kernel[self.grid(tile)](
+                self.x, self.weight, TensorDescriptor.from_tensor(w, [tile.n, tile.k]) if tma else w, h, a,
+                self.counts, self.of_row, self.rows, self.experts, self.D, self.F, keep, activate, self.by, tma,
+                grouped.padded(self.experts), grouped.precision(w.dtype), *tile[:3], tile.group,
+                **tile.options(),
+            )  # fmt: skip
+
+        if self.rows and self.F:
+            run(self.choose("experts_up", UP, run))
+        return h, a
+
+    def down(self, dy: Tensor, w_down: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dh[R, 2F], a[R, F] and dweight[T, K]."""
+        dy, w = dy.contiguous(), w_down.contiguous().view(-1, self.F)
+        dh, a, dweight = torch.empty_like(h), h.new_empty(self.rows, self.F), torch.zeros_like(self.weight)
+
+        def run(tile: Tile) -> Tensor:
+            tma = grouped.descriptors_can(tile, self.D, w)
+            parts = self.weight.new_empty(self.rows, triton.cdiv(self.F, tile.n))
+            down_kernel[self.grid(tile)](
+                dy, self.weight, TensorDescriptor.from_tensor(w, [tile.k, tile.n]) if tma else w, h, dh, a, parts,
+                self.counts, self.of_row, self.rows, self.experts, self.D, self.F, self.by, tma,
+                grouped.padded(self.experts), grouped.precision(w.dtype), *tile[:3], tile.group,
+                **tile.options(),
+            )  # fmt: skip
+            return parts.sum(1).view_as(self.weight)
+
+        if self.rows and self.F:
+            dweight = run(self.choose("experts_down", DOWN, run))
+        return dh, a, dweight
+
+
+def experts(
+    x: Tensor, weight: Tensor, w_gate_up: Tensor, w_down: Tensor, counts: Tensor, assignment_of_row: Tensor,
+    row_of: Tensor, keep_h: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    layer = Layer(x, weight, counts, assignment_of_row, row_of, w_down.shape[2])
+    h, a = layer.up(w_gate_up, keep=keep_h, activate=True)
+    return unpermute(grouped.grouped_mm(a, w_down, counts), assignment_of_row, row_of), h
+
+
+def experts_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, w_gate_up: Tensor, w_down: Tensor, counts: Tensor,
+    assignment_of_row: Tensor, row_of: Tensor, h: Tensor, need_x: bool, need_matrices: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    layer = Layer(x, weight, counts, assignment_of_row, row_of, w_down.shape[2])
+    if not h.shape[0]:
+        h, _ = layer.up(w_gate_up, keep=True, activate=False)
+    dh, a, dweight = layer.down(grad, w_down, h)
+    dx = dw_gate_up = dw_down = x.new_empty(0)
+    if need_matrices:
+        dw_down = grouped.weights(grad, a, counts, assignment_of_row, a_by=layer.by)
+        dw_gate_up = grouped.weights(dh, x, counts, assignment_of_row, b_by=layer.by)
+    del a  # before dx of rows is there
+    if need_x:
+        dx = unpermute(grouped.grouped_mm_dx(dh, w_gate_up, counts), assignment_of_row, row_of)
+    return dx, dweight, dw_gate_up, dw_down

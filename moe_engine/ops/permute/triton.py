@@ -1,0 +1,110 @@
+"""sort_by_expert, permute and unpermute on CUDA.
+
+Sorting is a stable counting sort in three launches and no wait for the host:
+
+    count    each block of assignments counts its experts                     counts of blocks [blocks, E + 1]
+    scan     each expert adds up its counts over the blocks before            and writes its total
+    place    row = rows of the experts before + of this expert in the blocks before + in this block before
+
+Expert E, the dropped assignments, is sorted like the others. Copies and sums of rows are one program for each row and
+stretch of columns; a sum has one writer, which adds in the order of the choices.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_engine.ops.tune import FUSED
+
+BLOCK, SCAN, WIDE = 128, 256, 1024
+
+
+@triton.jit
+def count_kernel(index, in_block, total, experts, BLOCK: tl.constexpr, E_PAD: tl.constexpr):
+    block, e = tl.program_id(0), tl.arange(0, E_PAD)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(index + i, mask=i < total, other=E_PAD)
+    count = tl.sum((expert[:, None] == e[None, :]).to(tl.int32), 0)
+    tl.store(in_block + block * (experts + 1) + e, count, mask=e <= experts)
+
+
+@triton.jit
+def scan_kernel(in_block, counts, blocks, experts, SCAN: tl.constexpr):
+    e, before = tl.program_id(0), 0
+    for first in range(0, blocks, SCAN):
+        b = first + tl.arange(0, SCAN)
+        at = in_block + b * (experts + 1) + e
+        count = tl.load(at, mask=b < blocks, other=0)
+        tl.store(at, before + tl.cumsum(count, 0) - count, mask=b < blocks)
+        before += tl.sum(count, 0)
+    tl.store(counts + e, before)
+
+
+@triton.jit
+def place_kernel(
+    index, before_block, counts, assignment_of_row, row_of, total, experts, BLOCK: tl.constexpr, E_PAD: tl.constexpr
+):
+    block, e, j = tl.program_id(0), tl.arange(0, E_PAD), tl.arange(0, BLOCK)
+    i = block * BLOCK + j
+    expert = tl.load(index + i, mask=i < total, other=E_PAD)
+    counts_E = tl.load(counts + e, mask=e < experts, other=0)
+    start = tl.sum(tl.where(e[None, :] < expert[:, None], counts_E[None, :], 0), 1)
+    here = tl.load(before_block + block * (experts + 1) + expert, mask=i < total, other=0)
+    others = tl.load(index + block * BLOCK + j, mask=i < total, other=E_PAD)
+    earlier = tl.sum(((others[None, :] == expert[:, None]) & (j[None, :] < j[:, None])).to(tl.int32), 1)
+    row = start + here + earlier
+    tl.store(row_of + i, row, mask=i < total)
+    tl.store(assignment_of_row + row, i, mask=i < total)
+
+
+@triton.jit
+def permute_kernel(x, rows, of_row, D, BY: tl.constexpr, WIDE: tl.constexpr):
+    row, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    token = (tl.load(of_row + row) // BY).to(tl.int64)
+    tl.store(rows + row * D + d, tl.load(x + token * D + d, mask=d < D), mask=d < D)
+
+
+@triton.jit
+def unpermute_kernel(rows, y, row_of, D, BY: tl.constexpr, WIDE: tl.constexpr):
+    token, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    total = tl.zeros((WIDE,), tl.float32)
+    for choice in tl.static_range(BY):
+        row = tl.load(row_of + token * BY + choice).to(tl.int64)
+        total += tl.load(rows + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(y + token * D + d, total.to(y.dtype.element_ty), mask=d < D)
+
+
+def sort_by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    index, total = index.contiguous(), index.numel()
+    blocks, e_pad = triton.cdiv(total, BLOCK), triton.next_power_of_2(num_experts + 1)
+    in_block, counts = index.new_empty(blocks, num_experts + 1), index.new_empty(num_experts + 1)
+    assignment_of_row, row_of = index.new_empty(total), torch.empty_like(index)
+    if total:
+        count_kernel[(blocks,)](index, in_block, total, num_experts, BLOCK, e_pad, **FUSED)
+    scan_kernel[(num_experts + 1,)](in_block, counts, blocks, num_experts, SCAN, **FUSED)
+    if total:
+        place_kernel[(blocks,)](
+            index, in_block, counts, assignment_of_row, row_of, total, num_experts, BLOCK, e_pad, **FUSED
+        )
+    return counts[:num_experts].clone(), assignment_of_row, row_of
+
+
+def permute(x: Tensor, assignment_of_row: Tensor, row_of: Tensor) -> Tensor:
+    x, rows, D = x.contiguous(), assignment_of_row.shape[0], x.shape[1]
+    out = x.new_empty(rows, D)
+    if out.numel():
+        wide = min(WIDE, triton.next_power_of_2(D))
+        permute_kernel[(rows, triton.cdiv(D, wide))](
+            x, out, assignment_of_row.contiguous(), D, row_of.shape[1], wide, **FUSED
+        )
+    return out
+
+
+def unpermute(rows: Tensor, assignment_of_row: Tensor, row_of: Tensor) -> Tensor:
+    rows, (tokens, k), D = rows.contiguous(), row_of.shape, rows.shape[1]
+    out = rows.new_empty(tokens, D)
+    if out.numel():
+        wide = min(WIDE, triton.next_power_of_2(D))
+        unpermute_kernel[(tokens, triton.cdiv(D, wide))](rows, out, row_of.contiguous(), D, k, wide, **FUSED)
+    return out

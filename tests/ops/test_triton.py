@@ -1,0 +1,37 @@
+"""The Triton kernels without a GPU: interpreted on CPU tensors for their values, compiled for their machine code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("numbers", ["60_000", pytest.param("400_000", marks=pytest.mark.slow)])
+def test_interpreted_kernels_equal_the_reference(numbers: str) -> None:
+    """test_parity.py's cases with at most so many numbers, in a process in which Triton interprets from the start."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_parity.py", "-k", "values_and_gradients"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "INTERPRET_AT_MOST": numbers}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+@pytest.mark.timeout(600)
+def test_compiled_kernels_use_tensor_cores_and_do_not_spill(tmp_path: Path) -> None:
+    """Every kernel, in every tile, for sm_80 and sm_90: the tool fails on spills and where it finds no tensor core."""
+    command = [sys.executable, "tools/inspect_kernels.py", "--json", str(tmp_path / "kernels.json")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    rows = json.loads((tmp_path / "kernels.json").read_text())
+    assert {row["arch"] for row in rows} == {80, 90}
+    kernels = {row["kernel"] for row in rows}
+    sources = (ROOT / "moe_engine" / "ops").glob("*/triton.py")
+    written = {line.split("(")[0][4:] for source in sources for line in source.read_text().splitlines()}
+    assert kernels == {name for name in written if name.endswith("_kernel")}
+    hopper = [row for row in rows if row["kernel"] == "up_kernel" and row["arch"] == 90 and row["dtype"] == "bfloat16"]
+    assert all(row["tma"] > 0 and row["cp_async"] > 0 for row in hopper)  # weights by descriptor, tokens by address

@@ -1,0 +1,234 @@
+"""What the compiler makes of the Triton kernels, without a GPU: `python tools/inspect_kernels.py [--arch 80 90]`
+
+Every kernel of the ops, in every tile that could be chosen for it, is compiled for sm_80 and sm_90 by the launches that
+a training step would make, and its machine code is read. A row is one kernel in one tile:
+
+    regs, spills    registers of a thread, and stores of those that found no room
+    shared          bytes of shared memory
+    HGMMA HMMA      tensor-core instructions of Hopper (wgmma) and Ampere (mma.sync)
+    TMA cp.async    loads that overlap with them: bulk by descriptor, 16 bytes by address
+
+The exit code is 1 if a kernel spills outside the list of exceptions below, exceeds the shared memory of its
+architecture, or multiplies 16-bit matrices without tensor cores. Compiled code lands in Triton's cache, so that a
+second run is quick. Occupancy, bandwidth and speed take a GPU: tools/bench_kernels.py.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+SHARED_BYTES = {80: 166_912, 90: 232_448}  # of one block: 163 and 227 KiB
+MATRIX_KERNELS = ("up_kernel", "down_kernel", "matmul_kernel", "weights_kernel", "router_logits_kernel")
+MAY_SPILL: dict[tuple[int, str, str], int] = {}  # (arch, kernel, tile) -> stores
+
+
+class Row(NamedTuple):
+    """One compiled kernel."""
+
+    arch: int
+    kernel: str
+    flags: str
+    dtype: str
+    tile: str
+    regs: int
+    spills: int
+    shared: int
+    hgmma: int
+    hmma: int
+    tma: int
+    cp_async: int
+
+    def problem(self) -> str | None:
+        if self.spills > MAY_SPILL.get((self.arch, self.kernel, self.tile), 0):
+            return f"{self.spills} spills"
+        if self.shared > SHARED_BYTES[self.arch]:
+            return f"{self.shared} bytes of shared memory, the limit is {SHARED_BYTES[self.arch]}"
+        # m = 32 is below what wgmma takes (64 rows): such tiles multiply by mma.sync on Hopper too
+        wanted = self.hgmma if self.arch >= 90 and not self.tile.startswith("32x") else self.hmma
+        if self.kernel in MATRIX_KERNELS and self.dtype == "bfloat16" and not wanted:
+            return "no tensor-core instruction"
+        return None
+
+
+def compile_all(arch: int, dtype_name: str, names: list[str]) -> list[Row]:
+    """Compile what the named ops launch; in a process of its own, because some compiler errors abort it."""
+    import torch
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from moe_engine.ops import tune
+
+    triton.runtime.driver.set_active(offline_driver(arch))
+    rows: list[Row] = []
+    tile_now: list[str] = [""]
+    compile_or_launch, seen = JITFunction.run, set[int]()
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = compile_or_launch(self, *args, grid=grid, warmup=True, **options)
+        if id(compiled) in seen:  # Triton keeps what it has compiled
+            return compiled
+        seen.add(id(compiled))
+        values = dict(zip(self.arg_names, args, strict=False))
+        flags = " ".join(name.lower() for name, value in values.items() if value is True)
+        rows.append(Row(arch, self.__name__, flags, dtype_name, tile_now[0], *machine_code(compiled)))
+        return compiled
+
+    def every_tile(kernel: str, device: Any, dtype: Any, sizes: Any, rows_per_expert: Any, tiles: Any, run: Any) -> Any:
+        candidates = tiles.single if dtype == torch.float32 else tiles.hopper if arch >= 90 else tiles.ampere
+        for tile in candidates:
+            tile_now[0] = "{}x{}x{} w{} s{}".format(*tile)
+            run(tile)
+        tile_now[0] = ""
+        return candidates[0]
+
+    JITFunction.run, tune.choose = compile_only, every_tile
+    for name, launch in launches(getattr(torch, dtype_name)):
+        if name in names or not names:
+            launch()
+    return rows
+
+
+def launches(dtype: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every op's launches, with sizes that are multiples of every tile's; the contents do not matter."""
+    import torch
+
+    from moe_engine.ops.cross_entropy import triton as cross_entropy
+    from moe_engine.ops.experts import triton as experts
+    from moe_engine.ops.grouped_mm import triton as grouped
+    from moe_engine.ops.permute import triton as permute
+    from moe_engine.ops.router_logits import triton as router_logits
+    from moe_engine.ops.router_topk import triton as router_topk
+    from moe_engine.ops.swiglu import triton as swiglu
+
+    tokens, d, f, e, k = 512, 1024, 512, 8, 2
+    x, h = torch.zeros(tokens, d, dtype=dtype), torch.zeros(tokens * k, 2 * f, dtype=dtype)
+    w_in, w_out = torch.zeros(e, 2 * f, d, dtype=dtype), torch.zeros(e, d, f, dtype=dtype)
+    weight, index = torch.zeros(tokens, k), torch.zeros(tokens, k, dtype=torch.int32)
+    counts, of_row = index.new_zeros(e), index.new_zeros(tokens * k)
+    probs, lse, label = torch.zeros(tokens, e), torch.zeros(tokens), torch.zeros(tokens, dtype=torch.int64)
+    layer = (x, weight, w_in, w_out, counts, of_row, index)
+    yield "experts", lambda: experts.experts(*layer, True)
+    yield "experts", lambda: experts.experts(*layer, False)
+    yield "experts", lambda: experts.experts_backward(x, *layer, h, True, True)
+    yield "experts", lambda: experts.experts_backward(x, *layer, h[:0], False, False)
+    yield "grouped_mm", lambda: grouped.grouped_mm_dw(h, h, counts)
+    yield "permute", lambda: permute.sort_by_expert(index, e)
+    yield "permute", lambda: permute.permute(x, of_row, index)
+    yield "swiglu", lambda: swiglu.swiglu_backward(swiglu.swiglu(h), h)
+    yield "router_logits", lambda: router_logits.router_logits_backward(probs, x, w_in[0, :e])
+    yield "router_logits", lambda: router_logits.router_logits(x, w_in[0, :e])
+    for renormalize in (False, True):
+        yield "router_topk", lambda r=renormalize: router_topk.router_topk(probs, k, r, lse[:e])
+        yield "router_topk", lambda r=renormalize: router_topk.router_topk_backward(weight, probs, lse, index, probs, r)
+    yield "cross_entropy", lambda: cross_entropy.cross_entropy_stats(x, label, 0)
+    yield "cross_entropy", lambda: cross_entropy.cross_entropy_grad(x, label, 0, lse, lse)
+
+
+def offline_driver(arch: int) -> Any:
+    """A driver for Triton that knows its target and has no device."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    class Offline(DriverBase):
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=0: 0)
+
+        def __init__(self) -> None:  # the base class asks for a device
+            pass
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return False
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", arch, 32)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_benchmarker(self) -> Any:
+            raise RuntimeError("there is no device to measure on")
+
+    return Offline()
+
+
+def machine_code(compiled: Any) -> tuple[int, int, int, int, int, int, int]:
+    """regs, spills, shared, hgmma, hmma, tma, cp_async of a compiled kernel, by the disassemblers in Triton's wheel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([str(tools / tool), flag, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    found = re.search(r"REG:(\d+)", usage)
+    assert found, usage
+    codes = ("STL", "HGMMA", "HMMA", "UTMALDG", "LDGSTS")
+    spills, *others = (len(re.findall(rf"\b{code}\b", sass)) for code in codes)
+    return int(found[1]), spills, compiled.metadata.shared, *others  # pyright: ignore[reportReturnType]
+
+
+def in_own_process(arch: int, dtype: str, names: list[str]) -> list[Row]:
+    """compile_all in a child; its report comes back as JSON on the last line."""
+    command = [sys.executable, __file__, "--child", "--arch", str(arch), "--dtype", dtype, "--ops", *names]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    child = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if child.returncode:
+        raise SystemExit(
+            f"error: compiling {' '.join(names) or 'the ops'} for sm_{arch}, {dtype}:\n{child.stderr[-3000:]}"
+        )
+    return [Row(*row) for row in json.loads(child.stdout.splitlines()[-1])]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_BYTES), default=sorted(SHARED_BYTES))
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16", "float32"]
+    )
+    parser.add_argument("--ops", nargs="*", default=[], help="names of op folders; all by default")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(compile_all(options.arch[0], options.dtype[0], options.ops)))
+        return 0
+    jobs = [(arch, dtype) for arch in options.arch for dtype in options.dtype]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(lambda job: in_own_process(job[0], job[1], options.ops), jobs)
+        rows = [row for part in parts for row in part]
+    name = max(len(f"{row.kernel} {row.flags}") for row in rows)
+    print(f"{'':5} {'kernel':{name}} {'dtype':8} {'tile':17} regs spills shared HGMMA HMMA TMA cp.async")
+    for row in rows:
+        print(
+            f"sm_{row.arch} {f'{row.kernel} {row.flags}':{name}} {row.dtype:8} {row.tile:17} {row.regs:4} "
+            f"{row.spills:6} {row.shared:6} {row.hgmma:5} {row.hmma:4} {row.tma:3} {row.cp_async:8}",
+            row.problem() or "",
+        )
+    problems = sum(row.problem() is not None for row in rows)
+    print(f"kernels {len(rows)}, problems {problems}")
+    if options.json:
+        options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
+    return int(problems > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
