@@ -9,8 +9,9 @@ a training step would make, and its machine code is read. A row is one kernel in
     TMA cp.async    loads that overlap with them: bulk by descriptor, 16 bytes by address
 
 The exit code is 1 if a kernel spills outside the list of exceptions below, exceeds the shared memory of its
-architecture, or multiplies 16-bit matrices without tensor cores. Compiled code lands in Triton's cache, so that a
-second run is quick. Occupancy, bandwidth and speed take a GPU: tools/bench_kernels.py.
+architecture, or multiplies 16-bit matrices without tensor cores. Widths that are no multiple of 16 (--sizes) must
+compile and are not judged: their rows are loaded one number at a time, which is slow and spills. Compiled code lands in
+Triton's cache, so that a second run is quick. Occupancy, bandwidth and speed take a GPU: tools/bench_kernels.py.
 """
 
 import argparse
@@ -61,7 +62,7 @@ class Row(NamedTuple):
         return None
 
 
-def compile_all(arch: int, dtype_name: str, names: list[str]) -> list[Row]:
+def compile_all(arch: int, dtype_name: str, names: list[str], sizes: list[int]) -> list[Row]:
     """Compile what the named ops launch; in a process of its own, because some compiler errors abort it."""
     import torch
     import triton
@@ -93,14 +94,14 @@ def compile_all(arch: int, dtype_name: str, names: list[str]) -> list[Row]:
         return candidates[0]
 
     JITFunction.run, tune.choose = compile_only, every_tile
-    for name, launch in launches(getattr(torch, dtype_name)):
+    for name, launch in launches(getattr(torch, dtype_name), *sizes):
         if name in names or not names:
             launch()
     return rows
 
 
-def launches(dtype: Any) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every op's launches, with sizes that are multiples of every tile's; the contents do not matter."""
+def launches(dtype: Any, tokens: int, d: int, f: int, e: int, k: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every op's launches at these sizes; the contents do not matter."""
     import torch
 
     from moe_engine.ops.cross_entropy import triton as cross_entropy
@@ -111,7 +112,6 @@ def launches(dtype: Any) -> Iterator[tuple[str, Callable[[], object]]]:
     from moe_engine.ops.router_topk import triton as router_topk
     from moe_engine.ops.swiglu import triton as swiglu
 
-    tokens, d, f, e, k = 512, 1024, 512, 8, 2
     x, h = torch.zeros(tokens, d, dtype=dtype), torch.zeros(tokens * k, 2 * f, dtype=dtype)
     w_in, w_out = torch.zeros(e, 2 * f, d, dtype=dtype), torch.zeros(e, d, f, dtype=dtype)
     weight, index = torch.zeros(tokens, k), torch.zeros(tokens, k, dtype=torch.int32)
@@ -186,9 +186,10 @@ def machine_code(compiled: Any) -> tuple[int, int, int, int, int, int, int]:
     return int(found[1]), spills, compiled.metadata.shared, *others  # pyright: ignore[reportReturnType]
 
 
-def in_own_process(arch: int, dtype: str, names: list[str]) -> list[Row]:
+def in_own_process(arch: int, dtype: str, names: list[str], sizes: list[int]) -> list[Row]:
     """compile_all in a child; its report comes back as JSON on the last line."""
     command = [sys.executable, __file__, "--child", "--arch", str(arch), "--dtype", dtype, "--ops", *names]
+    command += ["--sizes", *map(str, sizes)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     child = subprocess.run(command, capture_output=True, text=True, env=environment)
     if child.returncode:
@@ -205,25 +206,30 @@ def main() -> int:
         "--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16", "float32"]
     )
     parser.add_argument("--ops", nargs="*", default=[], help="names of op folders; all by default")
+    parser.add_argument(
+        "--sizes", type=int, nargs=5, metavar=("TOKENS", "D", "F", "EXPERTS", "K"), default=[512, 1024, 512, 8, 2],
+        help="sizes to compile for; Triton tells apart 1, multiples of 16, and the rest (default: 512 1024 512 8 2)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(compile_all(options.arch[0], options.dtype[0], options.ops)))
+        print(json.dumps(compile_all(options.arch[0], options.dtype[0], options.ops, options.sizes)))
         return 0
     jobs = [(arch, dtype) for arch in options.arch for dtype in options.dtype]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(lambda job: in_own_process(job[0], job[1], options.ops), jobs)
+        parts = pool.map(lambda job: in_own_process(job[0], job[1], options.ops, options.sizes), jobs)
         rows = [row for part in parts for row in part]
+    judged = all(width % 16 == 0 for width in options.sizes[1:3])
     name = max(len(f"{row.kernel} {row.flags}") for row in rows)
     print(f"{'':5} {'kernel':{name}} {'dtype':8} {'tile':17} regs spills shared HGMMA HMMA TMA cp.async")
     for row in rows:
         print(
             f"sm_{row.arch} {f'{row.kernel} {row.flags}':{name}} {row.dtype:8} {row.tile:17} {row.regs:4} "
             f"{row.spills:6} {row.shared:6} {row.hgmma:5} {row.hmma:4} {row.tma:3} {row.cp_async:8}",
-            row.problem() or "",
+            (judged and row.problem()) or "",
         )
-    problems = sum(row.problem() is not None for row in rows)
+    problems = sum(row.problem() is not None for row in rows) if judged else 0
     print(f"kernels {len(rows)}, problems {problems}")
     if options.json:
         options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))

@@ -35,3 +35,12 @@ def test_compiled_kernels_use_tensor_cores_and_do_not_spill(tmp_path: Path) -> N
     assert kernels == {name for name in written if name.endswith("_kernel")}
     hopper = [row for row in rows if row["kernel"] == "up_kernel" and row["arch"] == 90 and row["dtype"] == "bfloat16"]
     assert all(row["tma"] > 0 and row["cp_async"] > 0 for row in hopper)  # weights by descriptor, tokens by address
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["1 1 1 1 1", "100 33 17 130 8"])
+def test_kernels_compile_for_awkward_sizes(sizes: str) -> None:
+    """Triton makes constants of ones, and other code for widths that are no multiple of 16."""
+    command = [sys.executable, "tools/inspect_kernels.py", "--dtype", "bfloat16", "--sizes", *sizes.split()]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
