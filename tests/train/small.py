@@ -28,13 +28,17 @@ MODEL = Model(
 
 def run_of(
     dp: int = 1, ep: int = 1, tp: int = 1, *, accumulation: int = 1, model: dict[str, Any] | None = None,
-    clip: float = 0.5, precision: str = "fp32", lr: float = 1e-2, **parallel: Any,
+    clip: float = 0.5, precision: str = "fp32", lr: float = 1e-3, **parallel: Any,
 ) -> Run:  # fmt: skip
-    """A run of 16 sequences a step on dp x ep x tp ranks; clipping is active."""
+    """A run of 16 sequences a step on dp x ep x tp ranks; clipping is active.
+
+    AdamW multiplies the rounding noise of a gradient that is as small as eps by lr / (4 eps): 1e-9 here, so both are
+    chosen to keep that below 1e-6.
+    """
     return Run(
         model=MODEL.model_copy(update=model or {}),
         parallel=Parallel(dp=dp, ep=ep, tp=tp, **parallel),
-        optimizer=Optimizer(lr=lr, clip_grad=clip),
+        optimizer=Optimizer(lr=lr, eps=1e-6, clip_grad=clip),
         train=Train(
             steps=20, seq_length=LENGTH, micro_batch=SEQUENCES // (dp * ep * accumulation), accumulation=accumulation,
             global_batch=SEQUENCES, precision=precision,

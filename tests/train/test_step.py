@@ -47,7 +47,7 @@ def plain_steps(run: Run, steps: int) -> Iterator[Truth]:
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": run.optimizer.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=run.optimizer.lr, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=run.optimizer.lr, betas=(0.9, 0.95), eps=run.optimizer.eps)
     size = run.train.micro_batch if run.model.router_aux_loss == "micro_batch" else run.train.global_batch
     for step in range(steps):
         batch = global_batch(step, run.model.vocab_size)
