@@ -20,7 +20,14 @@ DOCS = ROOT / "docs"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
 # Names that stand for a reader's own files, or that CONTRIBUTING gives relative to an op's folder, or forbids.
 EXAMPLES = {
-    *("configs/runs/mine.yaml", "moe_engine/ops/NAME/__init__.py", "csrc/NAME.cpp", "reference.py", "cases.py"),
+    *(
+        "configs/runs/mine.yaml",
+        "moe_engine/ops/NAME/__init__.py",
+        "csrc/NAME.cpp",
+        "reference.py",
+        "cases.py",
+        "triton.py",
+    ),
     *("utils.py", "helpers.py", "common.py", "_.py"),
 }
 
