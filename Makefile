@@ -10,11 +10,11 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export DS_BUILD_OPS := 0
 
-.PHONY: help demo test test-slow verify checks format bench clean distclean
+.PHONY: help demo test test-slow verify checks format bench bench-kernels clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## train a small MoE on real text: 8 ranks, ep 2 x dp 4, on CPU or GPU
 	$(BIN)/torchrun --nproc_per_node 8 launch/pretrain_moe.py --ep 2 --dp 4 --config configs/runs/demo.yaml --resume auto
@@ -40,6 +40,9 @@ format: $(READY) ## format the Python files in place
 
 bench: $(READY) ## one training step against transformers, on two threads
 	OMP_NUM_THREADS=2 $(BIN)/python tools/bench_step.py --peer transformers
+
+bench-kernels: $(READY) ## the MoE layer against its peers, on the GPU or on two threads
+	OMP_NUM_THREADS=2 $(BIN)/python tools/bench_kernels.py
 
 clean: ## remove what was built, but keep .venv and runs/
 	rm -rf build *.egg-info moe_engine/*.so .pytest_cache .ruff_cache $(READY)

@@ -33,7 +33,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 LINKED = ("configs", "launch", "tools")
 # of argparse, pip, TensorBoard and Slurm
-FOREIGN_FLAGS = {"--help", "--no-build-isolation", "--host", "--logdir", "--nodes"}
+FOREIGN_FLAGS = {"--help", "--no-build-isolation", "--no-deps", "--host", "--logdir", "--nodes"}
 SUFFIXES = (".py", ".md", ".cpp", ".yaml", ".sbatch")
 
 
