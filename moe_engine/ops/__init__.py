@@ -1,7 +1,7 @@
 """The kernels: what the MoE layer and the loss compute, on one device, without knowing of ranks.
 
 An op is a folder: `__init__.py` (contract, schema, backward), `reference.py` (the definition in plain torch, the truth
-for tests), `triton.py` (CUDA), `cases.py` (sizes and tolerances, for tests and benchmarks), and `csrc/<op>.cpp` (CPU).
+for tests), `triton.py` (CUDA), `cases.py` (sizes and tolerances for tests), and `csrc/<op>.cpp` (CPU).
 PyTorch's dispatcher chooses: Triton on CUDA, C++ on CPU, and the reference for fp64 on CUDA, and on CPU where
 `moe_engine._C` was not built (`compiled` is False). Every op gives the same bits on every run, and breaks ties by the
 lowest index.

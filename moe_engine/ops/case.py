@@ -1,4 +1,4 @@
-"""The form of the entries in each op's `cases.py`, read by the parity test and the benchmark."""
+"""The form of the entries in each op's `cases.py`, read by the parity test."""
 
 from collections.abc import Callable
 from typing import NamedTuple
