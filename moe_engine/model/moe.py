@@ -27,7 +27,7 @@ from moe_engine.config import Model
 from moe_engine.model.router_losses import pack_stats
 from moe_engine.ops import experts, permute, router_logits, router_topk, sort_by_expert, unpermute
 from moe_engine.parallel.collectives import copy_to, reduce_from
-from moe_engine.parallel.dispatch import combine, dispatch
+from moe_engine.parallel.dispatch import Table, combine, dispatch
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import weight
 
@@ -129,9 +129,10 @@ class MoE(nn.Module):
             y_TD = self.experts(x_TD, routing.weight_TK, routing.index_TK, self.keep_h)
             return y_TD, member_BT @ pack_stats(*routing[2:])
         counts_E, assignment_of_row_R, row_of_TK = sort_by_expert(routing.index_TK, self.num_experts)
+        table = Table(counts_E, self.ep, self.tp)
         rows_RD = permute(x_TD, assignment_of_row_R, row_of_TK)
         weight_R1 = permute(routing.weight_TK.view(-1, 1), assignment_of_row_R, row_of_TK.view(-1, 1))
-        flight = dispatch(rows_RD, weight_R1, counts_E, self.ep, self.tp)
+        flight = dispatch(rows_RD, weight_R1, table, self.ep, self.tp)
         stats_BX = reduce_from(member_BT @ pack_stats(*routing[2:]), self.tp)
         rows_RD = combine(self.experts(*flight.land(), self.keep_h), flight.route, self.ep, self.tp)
         return unpermute(rows_RD, assignment_of_row_R, row_of_TK), stats_BX

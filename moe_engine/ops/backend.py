@@ -43,8 +43,10 @@ def on_cuda(folder: str, **ops: Any) -> None:
     for name, op in ops.items():
 
         def launch(*args: Any, name: str = name) -> Any:
-            wide = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
-            return getattr(importlib.import_module(f"{folder}.{'reference' if wide else 'triton'}"), name)(*args)
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            module = "reference" if any(x.dtype == torch.float64 for x in tensors) else "triton"
+            with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
+                return getattr(importlib.import_module(f"{folder}.{module}"), name)(*args)
 
         op.register_kernel("cuda", launch)
 

@@ -1,30 +1,35 @@
 """Which tiles a CUDA kernel works in: measured once for each kind of launch, kept on disk, never measured again.
 
 Tile sizes change the order in which sums are added, hence bits, so a choice has to outlive the process that made it.
-Each is a small file, named after what it decides, under ~/.cache/moe_engine/tiles:
+Each is a small file beside the kernels that Triton has compiled (TRITON_CACHE_DIR, by default ~/.triton/cache), in the
+folder moe_engine_tiles:
 
-    experts_up-nvidia_h100_80gb_hbm3-bfloat16-d4096-f14336-rows2e11.json      {"m": 128, "n": 128, "k": 64, ...}
+    experts_up-nvidia_h100_80gb_hbm3-bfloat16-4096-14336-2-rows2e11-5e0c1f2a.json      {"m": 128, "n": 128, ...}
 
-The first process to write a file decides for all; the others adopt what it holds. To pin a choice, edit the file; to
-have the same bits on another machine of the same kind, copy the folder.
+The end of the name stands for what else decides: the candidates and Triton's version. The first process to write a file
+decides for all; the others adopt what it holds. To pin a choice, edit the file; to have the same bits on another
+machine of the same kind, copy the folder. Where no file can be written a process keeps its choices to itself, and says
+so.
 """
 
+import contextlib
 import functools
 import json
 import math
 import os
 import re
+import tempfile
+import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 from triton import knobs, testing
-from triton.compiler.errors import CompilationError
+from triton.errors import TritonError
 from triton.runtime import driver
-from triton.runtime.errors import OutOfResources
-
-FOLDER = Path.home() / ".cache" / "moe_engine" / "tiles"
 
 
 class Tile(NamedTuple):
@@ -63,43 +68,75 @@ def has_descriptors() -> bool:
 
 
 def choose(
-    kernel: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int], rows: float, tiles: Tiles,
+    kernel: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], rows: float, tiles: Tiles,
     run: Callable[[Tile], object],
 ) -> Tile:  # fmt: skip
     """The tile for launches of this kind. `rows`: rows per expert, told apart by powers of two; run(tile) launches."""
     if knobs.runtime.interpret:
         return INTERPRETED
     candidates = tiles.single if dtype == torch.float32 else tiles.hopper if has_descriptors() else tiles.ampere
-    name = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(device).lower())
-    parts = [kernel, name, str(dtype).removeprefix("torch."), *(f"{key}{size}" for key, size in sizes.items())]
-    path = FOLDER / ("-".join([*parts, f"rows2e{max(0, round(math.log2(max(rows, 1))))}"]) + ".json")
-    try:
-        return _decided(path)
-    except FileNotFoundError:
-        _decide(path, min(candidates, key=lambda tile: _milliseconds(tile, run)))
-        return _decided(path)
+    path = _path(kernel, device, dtype, sizes, max(0, round(math.log2(max(rows, 1)))), candidates)
+    if path not in _chosen():
+        stored = _read(path)
+        _chosen()[path] = stored or _store(path, _fastest(candidates, run))
+    return _chosen()[path]
 
 
 @functools.cache
-def _decided(path: Path) -> Tile:
-    return Tile(**json.loads(path.read_text()))
+def _chosen() -> dict[Path, Tile]:
+    """What this process has chosen or read so far."""
+    return {}
 
 
-def _decide(path: Path, tile: Tile) -> None:
-    """Write the file whole, unless another process was first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(tile._asdict()))
+@functools.cache
+def _path(
+    kernel: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], log2_rows: int,
+    candidates: tuple[Tile, ...],
+) -> Path:  # fmt: skip
+    gpu = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(device).lower())
+    rest = zlib.crc32(repr((triton.__version__, candidates)).encode())
+    parts = [kernel, gpu, str(dtype).removeprefix("torch."), *map(str, sizes), f"rows2e{log2_rows}", f"{rest:08x}"]
+    return Path(knobs.cache.dir) / "moe_engine_tiles" / ("-".join(parts) + ".json")
+
+
+def _read(path: Path) -> Tile | None:
+    """What the file says; None if there is none or it is damaged."""
     try:
-        os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()
+        return Tile(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _store(path: Path, tile: Tile) -> Tile:
+    """Write the file whole, unless another process was first: what it wrote is returned then."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".draft") as draft:
+            draft.write(json.dumps(tile._asdict()))
+            draft.flush()
+            if _read(path) is None:
+                path.unlink(missing_ok=True)  # damaged
+            with contextlib.suppress(FileExistsError):
+                os.link(draft.name, path)
+    except OSError as error:
+        warnings.warn(
+            f"{path.parent} cannot keep the tiles of kernels ({error}): each process measures them again, and may "
+            "choose others and give other last bits. Set TRITON_CACHE_DIR to a folder that can be written to",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return _read(path) or tile
+
+
+def _fastest(candidates: tuple[Tile, ...], run: Callable[[Tile], object]) -> Tile:
+    """The fastest that runs; the last candidate, the smallest, if memory is too short to measure any."""
+    milliseconds = {tile: _milliseconds(tile, run) for tile in candidates}
+    fastest = min(candidates, key=milliseconds.__getitem__)
+    return fastest if milliseconds[fastest] < math.inf else candidates[-1]
 
 
 def _milliseconds(tile: Tile, run: Callable[[Tile], object]) -> float:
     try:
         return float(testing.do_bench(lambda: run(tile), warmup=5, rep=30, return_mode="median"))  # pyright: ignore[reportArgumentType]
-    except (OutOfResources, CompilationError):
+    except (TritonError, torch.OutOfMemoryError):
         return math.inf

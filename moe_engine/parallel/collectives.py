@@ -107,9 +107,9 @@ class _ReduceFrom(torch.autograd.Function):
 
 
 class Trip:
-    """An all-to-all under way: `rows` is being filled, and is complete in what `wait` returns."""
+    """An all-to-all under way: `rows` is being filled, and is complete in what `wait` returns, once."""
 
-    rows: Tensor
+    rows: Tensor | None
 
     def __init__(self, send: list[int], recv: list[int], axis: Axis):
         self.send, self.recv, self.axis = send, recv, axis
@@ -131,7 +131,9 @@ class Trip:
 
     def wait(self) -> Tensor:
         """The rows that arrived: sum(recv) of them, in the order of the ranks that sent them."""
-        return self.rows if self.axis.size == 1 else _Arrive.apply(self.rows, self)  # pyright: ignore[reportReturnType]
+        rows, self.rows = self.rows, None  # held on to, they would hold this trip through the graph, and live on
+        assert rows is not None, "these rows have been taken"
+        return rows if self.axis.size == 1 else _Arrive.apply(rows, self)  # pyright: ignore[reportReturnType]
 
 
 class _Leave(torch.autograd.Function):

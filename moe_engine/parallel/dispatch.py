@@ -8,8 +8,9 @@
 The two all-to-alls are under way when dispatch returns, so that the caller computes until it lands the flight.
 
 Sending before gathering puts R rows on the wire; gathering first would send every row tp times between nodes. Which
-rows go where follows from one [ep, tp, E] table of counts: the only host synchronisation of an MoE layer, and none
-when ep = tp = 1. Rows past sum(counts) (dropped assignments) are not sent and come back as zeros.
+rows go where follows from one [ep, tp, E] table of counts: the only host synchronisation of an MoE layer, and none when
+ep = tp = 1. It is on its way while the rows are put in order. Rows past sum(counts) (dropped assignments) are not sent
+and come back as zeros.
 """
 
 from typing import NamedTuple
@@ -55,22 +56,41 @@ class Flight:
         return all_gather(F.pad(rows, (0, 0, 0, self.route.rows_padded - rows.shape[0])), self.tp)
 
 
-def dispatch(rows_RD: Tensor, weight_R1: Tensor, counts_E: Tensor, ep: Axis, tp: Axis) -> Flight:
+class Table:
+    """Rows of every expert from every rank of an ep x tp plane, counts[ep, tp, E] int32, on their way to the host.
+
+    Made before the rows are put in order, it is there by the time that they are."""
+
+    def __init__(self, counts_E: Tensor, ep: Axis, tp: Axis):
+        self.here = gather_rows(gather_rows(counts_E.unsqueeze(0), tp).unsqueeze(0), ep)
+        self.host, self.arrived = self.here, None
+        if self.here.is_cuda:
+            self.host = torch.empty(self.here.shape, dtype=torch.int32, pin_memory=True)
+            self.host.copy_(self.here, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> Tensor:
+        """The counts on the host: what a MoE layer waits for."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host
+
+
+def dispatch(rows_RD: Tensor, weight_R1: Tensor, table: Table, ep: Axis, tp: Axis) -> Flight:
     """Rows leave for the experts of this ep x tp plane; `land` the flight to have those that arrive.
 
-    rows_RD: sorted by expert, weight_R1 fp32, counts_E int32 rows of each expert (the rest of R is dropped).
+    rows_RD: sorted by expert, weight_R1 fp32; rows past this rank's counts are dropped.
     """
-    local = counts_E.shape[0] // ep.size
-    table = gather_rows(gather_rows(counts_E.unsqueeze(0), tp).unsqueeze(0), ep)  # [ep, tp, E] on every rank
-    host = table.cpu()
-    send = host[ep.rank, tp.rank].view(ep.size, local).sum(1).tolist()
-    mine = host[:, :, ep.cut(counts_E.shape[0])]  # [source ep, source tp, L]
+    host = table.read()
+    experts = host.shape[2]
+    send = host[ep.rank, tp.rank].view(ep.size, experts // ep.size).sum(1).tolist()
+    mine = host[:, :, ep.cut(experts)]  # [source ep, source tp, L]
     recv = mine[:, tp.rank].sum(1).tolist()
     route = Route(send, recv, rows_RD.shape[0], int(mine.sum((0, 2)).max()))
     rows = start_all_to_all(rows_RD[: sum(send)], send, recv, ep)
     weight = start_all_to_all(weight_R1[: sum(send)], send, recv, ep)
-    expert_M = _expert_of_row(mine, route.rows_padded).to(rows_RD.device, non_blocking=True)
-    return Flight(rows, weight, expert_M, route, tp)
+    return Flight(rows, weight, _expert_of_row(table.here[:, :, ep.cut(experts)], route.rows_padded), route, tp)
 
 
 def combine(rows_MD: Tensor, route: Route, ep: Axis, tp: Axis) -> Tensor:
@@ -82,9 +102,10 @@ def combine(rows_MD: Tensor, route: Route, ep: Axis, tp: Axis) -> Tensor:
 
 
 def _expert_of_row(counts: Tensor, rows_padded: int) -> Tensor:
-    """counts[source ep, source tp, L] on the host -> expert_M int32, in arrival order (tp, then ep, then expert)."""
+    """counts[source ep, source tp, L] -> expert_M int32, in arrival order (tp, then ep, then expert)."""
     sources, tp_size, local = counts.shape
     counts = counts.transpose(0, 1).reshape(tp_size, sources * local)
     padding = rows_padded - counts.sum(1, keepdim=True)
-    experts = torch.cat([torch.arange(local).repeat(sources), torch.tensor([local])])
-    return experts.repeat(tp_size).repeat_interleave(torch.cat([counts, padding], 1).flatten().long()).int()
+    expert = torch.arange(local + 1, dtype=torch.int32, device=counts.device)
+    experts = torch.cat([expert[:local].repeat(sources), expert[local:]]).repeat(tp_size)
+    return experts.repeat_interleave(torch.cat([counts, padding], 1).flatten(), output_size=tp_size * rows_padded)

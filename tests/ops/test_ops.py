@@ -1,5 +1,7 @@
 """What the ops promise beyond their values: errors, back-ends, dropped slots, recompute, and no need but torch."""
 
+import contextlib
+import itertools
 import subprocess
 import sys
 
@@ -34,9 +36,9 @@ def test_use_reference_changes_the_kernel_inside_the_block_only() -> None:
     assert not torch.equal(ops.swiglu(x), plain)  # another exp: equal to 1e-7, not in every bit
 
 
-def experts_of(w_gate_up: Tensor) -> Tensor:
+def experts_of(w_gate_up: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
     """Two tokens of width 4 through 3 experts of width 2, given one of the matrices."""
-    routing = ops.sort_by_expert(torch.zeros(2, 1).int(), 3)
+    routing = [x.to(dtype) for x in ops.sort_by_expert(torch.zeros(2, 1).int(), 3)]
     return ops.experts(torch.zeros(2, 4), torch.ones(2, 1), w_gate_up, torch.zeros(3, 4, 2), *routing)
 
 
@@ -51,6 +53,8 @@ def experts_of(w_gate_up: Tensor) -> Tensor:
             "assignment_of_row .3,",
         ),
         (lambda: ops.unpermute(torch.zeros(3, 4), torch.zeros(4).int(), torch.zeros(2, 2).int()), "expected 4 rows"),
+        (lambda: ops.permute(torch.zeros(2, 4), torch.zeros(4).long(), torch.zeros(2, 2).int()), "expected int32"),
+        (lambda: experts_of(torch.zeros(3, 4, 4), torch.int64), "as sort_by_expert gives them"),
         (lambda: ops.router_logits(torch.zeros(2, 4), torch.zeros(3, 5)), "expected .T, D. and .E, D."),
         (lambda: experts_of(torch.zeros(3, 2, 5)), "expected .T, D., .E, 2F, D."),
         (lambda: experts_of(torch.zeros(3, 4, 4).bfloat16()), "expected one dtype"),
@@ -126,6 +130,34 @@ def test_the_layer_equals_every_expert_on_every_token(experts: int) -> None:
         torch.autograd.grad(found, leaves, seed), torch.autograd.grad(truth, leaves, seed), strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", ["reference", "dispatcher"])
+@pytest.mark.parametrize("keep_h", [True, False])
+@pytest.mark.parametrize("needed", [needed for n in range(1, 5) for needed in itertools.combinations(range(4), n)])
+def test_frozen_inputs_get_no_gradient_and_change_none(needed: tuple[int, ...], keep_h: bool, backend: str) -> None:
+    """Any of x, the weights and the two matrices may be frozen: the gradients of the others stay what they are."""
+    torch.manual_seed(0)
+    index = torch.randint(5, (9, 2), dtype=torch.int32)  # 4 is dropped
+    shapes = [(9, 8), (9, 2), (4, 12, 8), (4, 8, 6)]
+    values = [torch.randn(shape) for shape in shapes]
+    values[1] = values[1].masked_fill(index == 4, 0)
+    grads = []
+    with ops.use("reference") if backend == "reference" else contextlib.nullcontext():
+        for wanted in (range(4), needed):
+            leaves = [value.clone().requires_grad_(i in wanted) for i, value in enumerate(values)]
+            ops.experts(*leaves, *ops.sort_by_expert(index, 4), keep_h).sum().backward()
+            grads.append([leaf.grad for leaf in leaves])
+    for i, (all_needed, some_needed) in enumerate(zip(*grads, strict=True)):
+        assert (some_needed is None) == (i not in needed)
+        assert some_needed is None or torch.equal(some_needed, all_needed)
+
+
+def test_a_frozen_router_and_frozen_tokens_get_no_gradient() -> None:
+    for need_x, need_w in ((True, False), (False, True)):
+        x, w = torch.randn(5, 8, requires_grad=need_x), torch.randn(3, 8, requires_grad=need_w)
+        ops.router_logits(x, w).sum().backward()
+        assert (x.grad is not None, w.grad is not None) == (need_x, need_w)
 
 
 def test_selective_recompute_can_save_the_routing() -> None:

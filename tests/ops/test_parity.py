@@ -129,6 +129,20 @@ def test_schema_fake_and_autograd_registration(folder: str, case: Case) -> None:
     assert set(result.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)])
+def test_schema_and_fake_of_what_backward_calls(needed: tuple[bool, bool]) -> None:
+    index = torch.tensor([[0, 2], [1, 0], [3, 2]], dtype=torch.int32)  # 3 is dropped
+    x, weight, h = torch.randn(3, 4), torch.rand(3, 2), torch.randn(6, 10)
+    layer = (x, weight, torch.randn(3, 10, 4), torch.randn(3, 4, 5), *ops.sort_by_expert(index, 3))
+    backward = torch.ops.moe_engine.experts_backward.default
+    for kept in (h, h[:0].clone()):
+        assert set(torch.library.opcheck(backward, (torch.randn(3, 4), *layer, kept, *needed)).values()) == {"SUCCESS"}
+    router = torch.ops.moe_engine.router_logits_backward.default
+    assert set(torch.library.opcheck(router, (torch.randn(3, 5), x, torch.randn(5, 4), *needed)).values()) == {
+        "SUCCESS"
+    }
+
+
 GRADIENTS = {
     "router_logits": "T7 D33 E5",
     "router_topk": "T13 E5 k3 renormalize bias",

@@ -21,36 +21,65 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Tile]:
         tiles.append(tile)
         return 1.0 if tile == FAST else 2.0
 
-    monkeypatch.setattr(tune, "FOLDER", tmp_path / "tiles")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tune, "_milliseconds", milliseconds)
     monkeypatch.setattr(tune, "has_descriptors", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    tune._decided.cache_clear()
+    forget()
     return tiles
 
 
+def forget() -> None:
+    """As in another process."""
+    tune._chosen.cache_clear()
+    tune._path.cache_clear()
+
+
 def choose(rows: float = 2048.0, dtype: torch.dtype = torch.bfloat16) -> Tile:
-    sizes = {"d": 4096, "f": 14336}
-    return tune.choose("experts_up", torch.device("cuda"), dtype, sizes, rows, TILES, lambda tile: None)
+    return tune.choose("experts_up", torch.device("cuda"), dtype, (4096, 14336), rows, TILES, lambda tile: None)
+
+
+def files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "moe_engine_tiles").iterdir())
 
 
 def test_the_fastest_is_kept_on_disk_and_not_measured_again(measured: list[Tile], tmp_path: Path) -> None:
     assert choose() == FAST and measured == [SLOW, FAST]
-    assert [path.name for path in (tmp_path / "tiles").iterdir()] == [
-        "experts_up-nvidia_h100_80gb_hbm3-bfloat16-d4096-f14336-rows2e11.json"
-    ]
-    tune._decided.cache_clear()  # as in another process
+    (path,) = files(tmp_path)
+    assert path.name.startswith("experts_up-nvidia_h100_80gb_hbm3-bfloat16-4096-14336-rows2e11-")
+    forget()
     assert choose(rows=2300.0) == FAST and len(measured) == 2
     assert choose(rows=100.0) == FAST and len(measured) == 4  # another power of two
     assert choose(dtype=torch.float32) == SLOW
 
 
 def test_the_first_process_decides_and_a_file_can_be_edited(measured: list[Tile], tmp_path: Path) -> None:
-    path = tmp_path / "tiles" / "x.json"
-    tune._decide(path, SLOW)
-    tune._decide(path, FAST)
-    assert tune._decided(path) == SLOW
-    path.write_text(path.read_text().replace('"stages": 3', '"stages": 2'))
-    tune._decided.cache_clear()
-    assert tune._decided(path) == SLOW._replace(stages=2)
-    assert [file.name for file in path.parent.iterdir()] == ["x.json"]  # no draft is left
+    choose()
+    (path,) = files(tmp_path)
+    assert tune._store(path, SLOW) == FAST
+    path.write_text(path.read_text().replace('"stages": 4', '"stages": 2'))
+    forget()
+    assert choose() == FAST._replace(stages=2) and len(measured) == 2
+    assert files(tmp_path) == [path]  # no draft is left
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"m": 64, "shape": 3}'])
+def test_a_damaged_file_is_written_anew(measured: list[Tile], tmp_path: Path, text: str) -> None:
+    choose()
+    (path,) = files(tmp_path)
+    path.write_text(text)
+    forget()
+    assert choose() == FAST and len(measured) == 4
+    assert tune._read(path) == FAST
+
+
+def test_a_folder_that_cannot_be_written_is_said_once_a_choice(measured: list[Tile], tmp_path: Path) -> None:
+    (tmp_path / "moe_engine_tiles").write_text("a file in its place")
+    with pytest.warns(RuntimeWarning, match="Set TRITON_CACHE_DIR"):
+        assert choose() == FAST
+    assert choose() == FAST and len(measured) == 2  # kept in the process
+
+
+def test_memory_too_short_to_measure_takes_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_milliseconds", lambda tile, run: float("inf"))
+    assert tune._fastest((SLOW, FAST), lambda tile: None) == FAST

@@ -4,6 +4,8 @@ The experts here are matrices of their own; with tp each rank holds an additive 
 partial sums are exercised. The truth is a loop over rows on one process.
 """
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_engine.parallel.dispatch import combine, dispatch
+from moe_engine.parallel.dispatch import Table, combine, dispatch
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 
@@ -68,7 +70,7 @@ def matrices_on_rank(rank: int, mesh: Mesh, name: str) -> None:
     rows, weights = mine.rows.clone().requires_grad_(), mine.weights.clone().requires_grad_()
     experts = parts[mesh.tp.rank][mesh.ep.cut(EXPERTS)].clone().requires_grad_()
 
-    flight = dispatch(rows, weights, counts, mesh.ep, mesh.tp)
+    flight = dispatch(rows, weights, Table(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
     meanwhile = (rows * 3).sum()  # work between the halves, whose gradient meets that of the rows
     rows_MD, weight_M1, expert_M1 = flight.land()
     assert rows_MD.shape[0] == len(weight_M1) == len(expert_M1) and expert_M1.dtype == torch.int32
@@ -100,7 +102,7 @@ def round_trip_on_rank(rank: int, mesh: Mesh, name: str) -> None:
     """Without experts in between, what is not dropped comes back bit for bit (one tp rank alone contributes)."""
     mine, plane = scene(name, rank), mesh.ep.size * mesh.tp.size
     counts = torch.bincount(mine.experts, minlength=EXPERTS + 1)[:EXPERTS].int()
-    flight = dispatch(mine.rows, mine.weights, counts, mesh.ep, mesh.tp)
+    flight = dispatch(mine.rows, mine.weights, Table(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
     rows_MD, _, expert_M1 = flight.land()
     sent = torch.cat([scene(name, r).experts for r in range(mesh.world.size) if r // plane == rank // plane])
     here = mesh.ep.cut(EXPERTS)
@@ -123,3 +125,26 @@ def test_each_row_meets_its_own_expert_and_comes_home(dp: int, ep: int, tp: int,
                 raise
 
     run_on_ranks(on_rank, dp * ep * tp)
+
+
+def test_nothing_outlives_backward():
+    """Not the rows that travelled, and not the trips: a ring of references would hold them until Python looks for one,
+    which the memory of a GPU does not make it do."""
+
+    def on_rank(rank: int) -> None:
+        mesh = build_mesh(1, 2, 1)
+        gc.disable()
+        counts = torch.full((EXPERTS,), 2, dtype=torch.int32)
+        rows = torch.randn(2 * EXPERTS, WIDTH, requires_grad=True)
+        flight = dispatch(rows, torch.ones(len(rows), 1), Table(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
+        alive = [weakref.ref(flight.rows), weakref.ref(flight.weight)]
+        landed, _, _ = flight.land()
+        alive.append(weakref.ref(landed))
+        y = combine(landed * 1.0, flight.route, mesh.ep, mesh.tp)
+        del landed, flight
+        assert alive[2]() is None  # a product keeps its inputs if it needs them, the trip does not
+        y.sum().backward()
+        del y
+        assert [ref() for ref in alive] == [None, None, None]
+
+    run_on_ranks(on_rank, 2)

@@ -33,4 +33,11 @@ def _cases(tokens: int, columns: int, first_id: int, ids: int, scale: float) -> 
     ]
 
 
+def _masked(dtype: torch.dtype) -> tuple:
+    """The first 4,200 columns, more than a kernel reads at a time, are masked out."""
+    logits = torch.randn(3, 4300, generator=seeded("masked"))
+    return logits.index_fill_(1, torch.arange(4200), float("-inf")).to(dtype), torch.tensor([4299, -100, 4250]), 0
+
+
 CASES = [case for size in SIZES for case in _cases(*size)]
+CASES.append(Case("stats masked", cross_entropy_stats, _masked))

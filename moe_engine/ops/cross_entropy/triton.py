@@ -22,7 +22,8 @@ def cross_entropy_stats_kernel(logits, label, largest, sumexp, target, V, first_
         c = first + at
         x = tl.load(logits + row * V + c, mask=c < V, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(x, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
+        finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but -inf so far: a sum of 0, not of NaN
+        total = total * tl.exp(top - finite) + tl.sum(tl.exp(x - finite), 0)
         top = higher
     wanted = tl.load(label + row)
     column = wanted - first_id

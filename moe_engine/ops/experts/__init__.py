@@ -75,6 +75,11 @@ def _check_routing(
         )
     if counts.shape != w_down.shape[:1]:
         raise ValueError(f"found {tuple(counts.shape)} counts for {w_down.shape[0]} experts, expected one for each")
+    if not counts.dtype == assignment_of_row.dtype == row_of.dtype == torch.int32:
+        raise ValueError(
+            f"found counts {counts.dtype}, assignment_of_row {assignment_of_row.dtype} and row_of {row_of.dtype}, "
+            "expected int32, as sort_by_expert gives them"
+        )
 
 
 @_forward.register_fake

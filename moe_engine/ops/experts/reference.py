@@ -29,12 +29,11 @@ def experts_backward(
     da, a = grouped_mm_dx(grad_rows, w_down, counts).to(weight.dtype), _swiglu(h)
     dh = swiglu_backward(da * weight_R1, h)
     dweight = (da * a).sum(-1)[row_of.long()].to(weight.dtype)
-    none = x.new_empty(0)
     return (
-        unpermute(grouped_mm_dx(dh, w_gate_up, counts), assignment_of_row, row_of) if need_x else none,
+        unpermute(grouped_mm_dx(dh, w_gate_up, counts), assignment_of_row, row_of) if need_x else x.new_empty(0),
         dweight,
-        grouped_mm_dw(dh, rows, counts) if need_matrices else none,
-        grouped_mm_dw(grad_rows, (a * weight_R1).to(x.dtype), counts) if need_matrices else none,
+        grouped_mm_dw(dh, rows, counts) if need_matrices else x.new_empty(0),
+        grouped_mm_dw(grad_rows, (a * weight_R1).to(x.dtype), counts) if need_matrices else x.new_empty(0),
     )
 
 

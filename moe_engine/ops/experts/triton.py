@@ -138,12 +138,11 @@ class Layer:
 
     def __init__(self, x: Tensor, weight: Tensor, counts: Tensor, of_row: Tensor, row_of: Tensor, F: int):
         self.x, self.weight = x.contiguous(), weight.contiguous()
-        self.counts, self.of_row, self.by = counts.contiguous(), of_row.contiguous(), row_of.shape[1]
-        self.rows, self.F, (self.tokens, self.D) = of_row.shape[0], F, x.shape
-        self.experts = counts.shape[0]
+        self.counts, self.of_row, self.row_of = counts.contiguous(), of_row.contiguous(), row_of.contiguous()
+        self.by, self.rows, self.experts, self.D, self.F = row_of.shape[1], len(of_row), len(counts), x.shape[1], F
 
     def choose(self, name: str, tiles: Tiles, run: Callable[[Tile], object]) -> Tile:
-        sizes = {"d": self.D, "f": self.F, "by": self.by}
+        sizes = (self.D, self.F, self.by)
         return tune.choose(name, self.x.device, self.x.dtype, sizes, self.rows / self.experts, tiles, run)
 
     def grid(self, tile: Tile) -> tuple[int]:
@@ -189,6 +188,13 @@ class Layer:
             dweight = run(self.choose("experts_down", DOWN, run))
         return dh, a, dweight
 
+    def sum(self, rows: Tensor, w: Tensor, transposed: bool) -> Tensor:
+        """Rows times their matrices, added up token by token. A token with one row needs no sum: its product is stored
+        where the token is."""
+        if self.by == 1:
+            return grouped.matmul(rows, w, self.counts, transposed, self.of_row)
+        return unpermute(grouped.matmul(rows, w, self.counts, transposed), self.of_row, self.row_of)
+
 
 def experts(
     x: Tensor, weight: Tensor, w_gate_up: Tensor, w_down: Tensor, counts: Tensor, assignment_of_row: Tensor,
@@ -196,7 +202,7 @@ def experts(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layer = Layer(x, weight, counts, assignment_of_row, row_of, w_down.shape[2])
     h, a = layer.up(w_gate_up, keep=keep_h, activate=True)
-    return unpermute(grouped.grouped_mm(a, w_down, counts), assignment_of_row, row_of), h
+    return layer.sum(a, w_down, transposed=True), h
 
 
 def experts_backward(
@@ -207,11 +213,11 @@ def experts_backward(
     if not h.shape[0]:
         h, _ = layer.up(w_gate_up, keep=True, activate=False)
     dh, a, dweight = layer.down(grad, w_down, h)
-    dx = dw_gate_up = dw_down = x.new_empty(0)
+    dx, dw_gate_up, dw_down = (x.new_empty(0) for _ in range(3))
     if need_matrices:
-        dw_down = grouped.weights(grad, a, counts, assignment_of_row, a_by=layer.by)
-        dw_gate_up = grouped.weights(dh, x, counts, assignment_of_row, b_by=layer.by)
+        dw_down = grouped.dw(grad, a, counts, assignment_of_row, a_by=layer.by)
+        dw_gate_up = grouped.dw(dh, x, counts, assignment_of_row, b_by=layer.by)
     del a  # before dx of rows is there
     if need_x:
-        dx = unpermute(grouped.grouped_mm_dx(dh, w_gate_up, counts), assignment_of_row, row_of)
+        dx = layer.sum(dh, w_gate_up, transposed=False)
     return dx, dweight, dw_gate_up, dw_down

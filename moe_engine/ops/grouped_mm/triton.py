@@ -1,7 +1,7 @@
 """grouped_mm on CUDA: two kernels, which `experts` builds on too.
 
     matmul    out[rows of e] = a[rows of e] @ b[e]          tiles of rows never cross an expert
-    weights   out[e] = a[rows of e].T @ b[rows of e]        sums over an expert's rows, of any number
+    dw        out[e] = a[rows of e].T @ b[rows of e]        sums over an expert's rows, of any number
 
 Programs are persistent and find their tiles in the counts on the device, so nothing waits for the host. Tiles are
 taken m first within a group of m tiles, so that the tile of b that they share stays in L2. The rows past sum(counts)
@@ -30,7 +30,7 @@ MATMUL = Tiles(
     ),
     single=(Tile(32, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
 )  # fmt: skip
-WEIGHTS = Tiles(
+DW = Tiles(
     hopper=(Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
     ampere=(Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 8, 4)),
     single=(Tile(32, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3)),
@@ -74,8 +74,8 @@ def block(source, row, column, rows, columns, R: tl.constexpr, C: tl.constexpr, 
 
 @triton.jit
 def matmul_kernel(
-    a, b, out, counts, rows, experts, N, K,
-    TRANSPOSED: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    a, b, out, counts, of_row, rows, experts, N, K,
+    TRANSPOSED: tl.constexpr, SCATTER: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, PRECISION: tl.constexpr,
     m: tl.constexpr, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr,
 ):  # fmt: skip
     start_E, end_E, tiles_E = experts_of(counts, rows, experts, m, E_PAD)
@@ -92,12 +92,15 @@ def matmul_kernel(
                 right = block(b, e * K + step * k, n_tile * n, e * K + K, N, k, n, TMA)
             sums = tl.dot(left, right, sums, input_precision=PRECISION)
         r, c = row + tl.arange(0, m), n_tile * n + tl.arange(0, n)
+        there = r < end
+        if SCATTER:
+            r = tl.load(of_row + r, mask=there, other=0)
         to = out + r.to(tl.int64)[:, None] * N + c[None, :]
-        tl.store(to, sums.to(out.dtype.element_ty), mask=(r < end)[:, None] & (c < N)[None, :])
+        tl.store(to, sums.to(out.dtype.element_ty), mask=there[:, None] & (c < N)[None, :])
 
 
 @triton.jit
-def weights_kernel(
+def dw_kernel(
     a, b, out, counts, of_row, experts, N, K,
     A_BY: tl.constexpr, B_BY: tl.constexpr, E_PAD: tl.constexpr, PRECISION: tl.constexpr,
     m: tl.constexpr, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr,
@@ -147,7 +150,7 @@ def programs(device: torch.device, tiles: int, warps: int) -> tuple[int]:
 
 def precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied; without effect on others."""
-    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "ieee" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32"
 
 
 def descriptors_can(tile: Tile, K: int, *operands: Tensor) -> bool:
@@ -162,8 +165,8 @@ def padded(experts: int) -> int:
     return triton.next_power_of_2(experts + 1)
 
 
-def matmul(a: Tensor, b: Tensor, counts: Tensor, transposed: bool) -> Tensor:
-    """out[R, N]: rows a[R, K] times b[E, K, N], or b[E, N, K] transposed."""
+def matmul(a: Tensor, b: Tensor, counts: Tensor, transposed: bool, of_row: Tensor | None = None) -> Tensor:
+    """out[R, N]: rows a[R, K] times b[E, K, N], or b[E, N, K] transposed; row r lands in out[of_row[r]] if given."""
     a, b = a.contiguous(), b.contiguous()
     (rows, K), experts, N = a.shape, b.shape[0], b.shape[1 if transposed else 2]
     out = a.new_empty(rows, N)
@@ -175,17 +178,18 @@ def matmul(a: Tensor, b: Tensor, counts: Tensor, transposed: bool) -> Tensor:
             right = TensorDescriptor.from_tensor(right, [tile.n, tile.k] if transposed else [tile.k, tile.n])
         tiles = (triton.cdiv(rows, tile.m) + experts) * triton.cdiv(N, tile.n)
         matmul_kernel[programs(a.device, tiles, tile.warps)](
-            left, right, out, counts, rows, experts, N, K, transposed, tma, padded(experts), precision(a.dtype),
+            left, right, out, counts, counts if of_row is None else of_row, rows, experts, N, K, transposed,
+            of_row is not None, tma, padded(experts), precision(a.dtype),
             *tile[:3], tile.group, **tile.options(),
         )  # fmt: skip
 
     if rows and N:
         name = "grouped_mm" if transposed else "grouped_mm_dx"
-        run(tune.choose(name, a.device, a.dtype, {"n": N, "k": K}, rows / experts, MATMUL, run))
+        run(tune.choose(name, a.device, a.dtype, (N, K), rows / experts, MATMUL, run))
     return out
 
 
-def weights(a: Tensor, b: Tensor, counts: Tensor, of_row: Tensor, a_by: int = 0, b_by: int = 0) -> Tensor:
+def dw(a: Tensor, b: Tensor, counts: Tensor, of_row: Tensor, a_by: int = 0, b_by: int = 0) -> Tensor:
     """out[E, N, K] = a[rows of e].T @ b[rows of e]. With a_by = k, row r of a is a[of_row[r] // k]; b_by likewise.
 
     Two stages of the pipeline go to loading of_row where it is read."""
@@ -195,15 +199,15 @@ def weights(a: Tensor, b: Tensor, counts: Tensor, of_row: Tensor, a_by: int = 0,
 
     def run(tile: Tile) -> None:
         tiles = experts * triton.cdiv(N, tile.m) * triton.cdiv(K, tile.n)
-        weights_kernel[programs(a.device, tiles, tile.warps)](
+        dw_kernel[programs(a.device, tiles, tile.warps)](
             a, b, out, counts, of_row, experts, N, K, a_by, b_by, padded(experts), precision(a.dtype),
             *tile[:3], tile.group, **tile.options(extra_stages=2 if a_by or b_by else 0),
         )  # fmt: skip
 
     if N and K:
-        sizes = {"n": N, "k": K, "by": a_by + b_by}
+        sizes = (N, K, a_by, b_by)
         rows = max(a.shape[0], b.shape[0]) / experts
-        run(tune.choose("grouped_mm_dw", a.device, a.dtype, sizes, rows, WEIGHTS, run))
+        run(tune.choose("grouped_mm_dw", a.device, a.dtype, sizes, rows, DW, run))
     return out
 
 
@@ -216,4 +220,4 @@ def grouped_mm_dx(grad: Tensor, w: Tensor, counts: Tensor) -> Tensor:
 
 
 def grouped_mm_dw(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    return weights(grad, x, counts, of_row=counts)  # not read
+    return dw(grad, x, counts, of_row=counts)  # not read

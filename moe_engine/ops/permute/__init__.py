@@ -52,6 +52,8 @@ def _check(x: Tensor, rows: int, assignment_of_row_R: Tensor, row_of_TK: Tensor)
             f"found {tuple(x.shape)} with assignment_of_row {tuple(assignment_of_row_R.shape)} and row_of "
             f"{tuple(row_of_TK.shape)}, expected {rows} rows and T*K = {row_of_TK.numel()} assignments"
         )
+    if not assignment_of_row_R.dtype == row_of_TK.dtype == torch.int32:
+        raise ValueError(f"found {assignment_of_row_R.dtype} and {row_of_TK.dtype} indices, expected int32")
 
 
 @_sort.register_fake

@@ -6,8 +6,8 @@ Sorting is a stable counting sort in three launches and no wait for the host:
     scan     each expert adds up its counts over the blocks before            and writes its total
     place    row = rows of the experts before + of this expert in the blocks before + in this block before
 
-Expert E, the dropped assignments, is sorted like the others. Copies and sums of rows are one program for each row and
-stretch of columns; a sum has one writer, which adds in the order of the choices.
+Expert E, the dropped assignments, is sorted like the others. Copies and sums of rows are one program for each block of
+1,024 numbers; a sum has one writer, which adds in the order of the choices.
 """
 
 import torch
@@ -59,20 +59,23 @@ def place_kernel(
 
 
 @triton.jit
-def permute_kernel(x, rows, of_row, D, BY: tl.constexpr, WIDE: tl.constexpr):
-    row, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    token = (tl.load(of_row + row) // BY).to(tl.int64)
-    tl.store(rows + row * D + d, tl.load(x + token * D + d, mask=d < D), mask=d < D)
+def permute_kernel(x, out, of_row, rows, D, BY: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    r, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    inside = (r < rows)[:, None] & (d < D)[None, :]
+    token = (tl.load(of_row + r, mask=r < rows, other=0) // BY).to(tl.int64)
+    values = tl.load(x + token[:, None] * D + d[None, :], mask=inside)
+    tl.store(out + r.to(tl.int64)[:, None] * D + d[None, :], values, mask=inside)
 
 
 @triton.jit
-def unpermute_kernel(rows, y, row_of, D, BY: tl.constexpr, WIDE: tl.constexpr):
-    token, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    total = tl.zeros((WIDE,), tl.float32)
+def unpermute_kernel(rows, out, row_of, tokens, D, BY: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    t, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    inside, at = (t < tokens)[:, None] & (d < D)[None, :], t.to(tl.int64)
+    total = tl.zeros((ROWS, WIDE), tl.float32)
     for choice in tl.static_range(BY):
-        row = tl.load(row_of + token * BY + choice).to(tl.int64)
-        total += tl.load(rows + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(y + token * D + d, total.to(y.dtype.element_ty), mask=d < D)
+        row = tl.load(row_of + at * BY + choice, mask=t < tokens, other=0).to(tl.int64)
+        total += tl.load(rows + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at[:, None] * D + d[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 def sort_by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,10 +97,8 @@ def permute(x: Tensor, assignment_of_row: Tensor, row_of: Tensor) -> Tensor:
     x, rows, D = x.contiguous(), assignment_of_row.shape[0], x.shape[1]
     out = x.new_empty(rows, D)
     if out.numel():
-        wide = min(WIDE, triton.next_power_of_2(D))
-        permute_kernel[(rows, triton.cdiv(D, wide))](
-            x, out, assignment_of_row.contiguous(), D, row_of.shape[1], wide, **FUSED
-        )
+        grid, block = _blocks(rows, D)
+        permute_kernel[grid](x, out, assignment_of_row.contiguous(), rows, D, row_of.shape[1], *block, **FUSED)
     return out
 
 
@@ -105,6 +106,12 @@ def unpermute(rows: Tensor, assignment_of_row: Tensor, row_of: Tensor) -> Tensor
     rows, (tokens, k), D = rows.contiguous(), row_of.shape, rows.shape[1]
     out = rows.new_empty(tokens, D)
     if out.numel():
-        wide = min(WIDE, triton.next_power_of_2(D))
-        unpermute_kernel[(tokens, triton.cdiv(D, wide))](rows, out, row_of.contiguous(), D, k, wide, **FUSED)
+        grid, block = _blocks(tokens, D)
+        unpermute_kernel[grid](rows, out, row_of.contiguous(), tokens, D, k, *block, **FUSED)
     return out
+
+
+def _blocks(rows: int, D: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The grid, and rows and columns of one program: narrow rows share one."""
+    wide = min(WIDE, triton.next_power_of_2(D))
+    return (triton.cdiv(rows, WIDE // wide), triton.cdiv(D, wide)), (WIDE // wide, wide)

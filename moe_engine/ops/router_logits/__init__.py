@@ -33,8 +33,8 @@ def _(x, w):
 
 
 @_backward.register_fake
-def _(grad, x, w):
-    return x.new_empty(x.shape), w.new_empty(w.shape)
+def _(grad, x, w, need_x, need_w):
+    return x.new_empty(x.shape if need_x else 0), w.new_empty(w.shape if need_w else 0)
 
 
 def _save(ctx, inputs, output):
@@ -42,7 +42,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad):
-    return torch.ops.moe_engine.router_logits_backward(grad, *ctx.saved_tensors)
+    need_x, need_w = ctx.needs_input_grad
+    dx, dw = torch.ops.moe_engine.router_logits_backward(grad, *ctx.saved_tensors, need_x, need_w)
+    return dx if need_x else None, dw if need_w else None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,7 +1,8 @@
 """router_logits on CUDA: a matrix product as wide as there are experts, its sums in fp32.
 
-Operands of one 16-bit dtype are multiplied as they are: their products are exact in fp32. Others, and the gradients,
-are widened and multiplied in full fp32. dw sums over all tokens: each stretch of tokens gives a part, and the parts are
+Operands of one 16-bit dtype are multiplied as they are: their products are exact in fp32. Others are widened and
+multiplied in full fp32. The gradients have an fp32 operand; if the other is 16 bits wide, three TF32 products stand
+for one in fp32, good to about 1e-6. dw sums over all tokens: each stretch of tokens gives a part, and the parts are
 added in order.
 """
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from moe_engine.ops.tune import FUSED
 
-ROWS, DEPTH, STRETCH = 64, 64, 1024
+STRETCH, STRETCHES = 1024, 32  # at least so many tokens in a stretch, at most so many stretches
 
 
 @triton.jit
@@ -35,7 +36,10 @@ def router_logits_kernel(
 
 
 @triton.jit
-def router_dx_kernel(grad, w, dx, tokens, experts, D, ROWS: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr):
+def router_dx_kernel(
+    grad, w, dx, tokens, experts, D, PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
     t, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     sums = tl.zeros((ROWS, WIDE), tl.float32)
     for first in range(0, experts, DEPTH):
@@ -45,28 +49,20 @@ def router_dx_kernel(grad, w, dx, tokens, experts, D, ROWS: tl.constexpr, DEPTH:
             mask=(t < tokens)[:, None] & (e < experts)[None, :], other=0.0,
         )  # fmt: skip
         right = tl.load(w + e[:, None] * D + d[None, :], mask=(e < experts)[:, None] & (d < D)[None, :], other=0.0)
-        sums = tl.dot(left, right.to(tl.float32), sums, input_precision="ieee")
+        sums = tl.dot(left, right.to(tl.float32), sums, input_precision=PRECISION)
     inside = (t < tokens)[:, None] & (d < D)[None, :]
     tl.store(dx + t.to(tl.int64)[:, None] * D + d[None, :], sums.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def router_dw_kernel(
-    grad,
-    x,
-    parts,
-    tokens,
-    experts,
-    D,
-    STRETCH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROWS: tl.constexpr,
+    grad, x, parts, tokens, experts, D, stretch, PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     WIDE: tl.constexpr,
-):
+):  # fmt: skip
     e, d = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(2) * WIDE + tl.arange(0, WIDE)
-    first = tl.program_id(0) * STRETCH
+    first = tl.program_id(0) * stretch
     sums = tl.zeros((ROWS, WIDE), tl.float32)
-    for at in range(first, tl.minimum(first + STRETCH, tokens), DEPTH):
+    for at in range(first, tl.minimum(first + stretch, tokens), DEPTH):
         t = at + tl.arange(0, DEPTH)
         left = tl.load(
             grad + t.to(tl.int64)[None, :] * experts + e[:, None],
@@ -75,7 +71,7 @@ def router_dw_kernel(
         right = tl.load(
             x + t.to(tl.int64)[:, None] * D + d[None, :], mask=(t < tokens)[:, None] & (d < D)[None, :], other=0.0
         )
-        sums = tl.dot(left, right.to(tl.float32), sums, input_precision="ieee")
+        sums = tl.dot(left, right.to(tl.float32), sums, input_precision=PRECISION)
     to = parts + (tl.program_id(0).to(tl.int64) * experts + e)[:, None] * D + d[None, :]
     tl.store(to, sums, mask=(e < experts)[:, None] & (d < D)[None, :])
 
@@ -85,21 +81,28 @@ def router_logits(x: Tensor, w: Tensor) -> Tensor:
     logits = x.new_empty(tokens, experts, dtype=torch.float32)
     if tokens:
         widen, e_pad = x.dtype != w.dtype or x.dtype == torch.float32, max(16, triton.next_power_of_2(experts))
-        router_logits_kernel[(triton.cdiv(tokens, ROWS),)](
-            x, w, logits, tokens, experts, D, widen, ROWS, 32 if widen else DEPTH, e_pad, num_stages=3, **FUSED
+        rows, depth = (16, 16) if widen else (64, 64)
+        router_logits_kernel[(triton.cdiv(tokens, rows),)](
+            x, w, logits, tokens, experts, D, widen, rows, depth, e_pad, num_stages=3, **FUSED
         )
     return logits
 
 
-def router_logits_backward(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def router_logits_backward(grad: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
     grad, x, w, (tokens, D), experts = grad.contiguous(), x.contiguous(), w.contiguous(), x.shape, w.shape[0]
-    dx, stretches = torch.empty_like(x), triton.cdiv(tokens, STRETCH)
-    parts = x.new_empty(stretches, experts, D, dtype=torch.float32)
-    if tokens:
+    dx, dw = x.new_empty(x.shape if need_x else 0), w.new_empty(w.shape if need_w else 0)
+    precision, options = "ieee" if x.dtype == torch.float32 else "tf32x3", {"num_stages": 2, **FUSED}
+    if tokens and need_x:
         router_dx_kernel[(triton.cdiv(tokens, 32), triton.cdiv(D, 64))](
-            grad, w, dx, tokens, experts, D, 32, 16, 64, num_stages=2, **FUSED
+            grad, w, dx, tokens, experts, D, precision, 32, 16, 64, **options
         )
-        router_dw_kernel[(stretches, triton.cdiv(experts, 16), triton.cdiv(D, 64))](
-            grad, x, parts, tokens, experts, D, STRETCH, 32, 16, 64, num_stages=2, **FUSED
-        )
-    return dx, parts.sum(0).to(w.dtype)
+    if need_w:
+        stretch = max(STRETCH, triton.cdiv(tokens, STRETCHES))
+        stretches, rows = triton.cdiv(tokens, stretch), 16 if experts <= 16 else 64
+        parts = x.new_empty(stretches, experts, D, dtype=torch.float32)
+        if tokens:
+            router_dw_kernel[(stretches, triton.cdiv(experts, rows), triton.cdiv(D, 64))](
+                grad, x, parts, tokens, experts, D, stretch, precision, rows, 16, 64, **options
+            )
+        dw = parts.sum(0).to(w.dtype)
+    return dx, dw
