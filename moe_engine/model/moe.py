@@ -27,8 +27,8 @@ from moe_engine.config import Model
 from moe_engine.model.router_losses import pack_stats
 from moe_engine.ops import experts, permute, router_logits, router_topk, sort_by_expert, unpermute
 from moe_engine.parallel.collectives import copy_to, reduce_from
-from moe_engine.parallel.dispatch import Table, combine, dispatch
-from moe_engine.parallel.mesh import Mesh
+from moe_engine.parallel.dispatch import Route, Table, combine, dispatch
+from moe_engine.parallel.mesh import Axis, Mesh
 from moe_engine.parallel.weight import weight
 
 
@@ -107,6 +107,24 @@ class Experts(nn.Module):
         return experts(x_TD, weight_TK, self.w_gate_up.flatten(1, 2), self.w_down, *routing, keep_h)
 
 
+class Home(NamedTuple):
+    """The way of rows back to their tokens."""
+
+    route: Route
+    assignment_of_row_R: Tensor
+    row_of_TK: Tensor
+    ep: Axis
+    tp: Axis
+
+
+def bring(rows_MD: Tensor, home: Home | None) -> Tensor:
+    """The experts' outputs rows[M, D]{tp} to their tokens, y[T/tp, D]; on one rank they are there."""
+    if home is None:
+        return rows_MD
+    rows_RD = combine(rows_MD, home.route, home.ep, home.tp)
+    return unpermute(rows_RD, home.assignment_of_row_R, home.row_of_TK)
+
+
 class MoE(nn.Module):
     """Router and experts of one layer. Returns the layer's output and the router's statistics for losses and logs.
 
@@ -124,15 +142,20 @@ class MoE(nn.Module):
 
         Returns y[T/tp, D] and stats[B, X] (see router_losses), complete on every tp rank.
         """
+        rows_MD, home, stats_BX = self.through_experts(x_TD, member_BT)
+        return bring(rows_MD, home), stats_BX
+
+    def through_experts(self, x_TD: Tensor, member_BT: Tensor) -> tuple[Tensor, Home | None, Tensor]:
+        """forward, up to where the experts' outputs still have to travel; backward needs nothing of what follows."""
         routing = self.router(x_TD)
         if self.ep.size == self.tp.size == 1:
             y_TD = self.experts(x_TD, routing.weight_TK, routing.index_TK, self.keep_h)
-            return y_TD, member_BT @ pack_stats(*routing[2:])
+            return y_TD, None, member_BT @ pack_stats(*routing[2:])
         counts_E, assignment_of_row_R, row_of_TK = sort_by_expert(routing.index_TK, self.num_experts)
         table = Table(counts_E, self.ep, self.tp)
         rows_RD = permute(x_TD, assignment_of_row_R, row_of_TK)
         weight_R1 = permute(routing.weight_TK.view(-1, 1), assignment_of_row_R, row_of_TK.view(-1, 1))
         flight = dispatch(rows_RD, weight_R1, table, self.ep, self.tp)
         stats_BX = reduce_from(member_BT @ pack_stats(*routing[2:]), self.tp)
-        rows_RD = combine(self.experts(*flight.land(), self.keep_h), flight.route, self.ep, self.tp)
-        return unpermute(rows_RD, assignment_of_row_R, row_of_TK), stats_BX
+        rows_MD = self.experts(*flight.land(), self.keep_h)
+        return rows_MD, Home(flight.route, assignment_of_row_R, row_of_TK, self.ep, self.tp), stats_BX

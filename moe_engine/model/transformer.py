@@ -13,7 +13,7 @@ from moe_engine.config import Model
 from moe_engine.model.attention import Attention, Places, inverse_frequencies, places
 from moe_engine.model.loss import vocab_cross_entropy
 from moe_engine.model.mlp import DenseMLP
-from moe_engine.model.moe import MoE
+from moe_engine.model.moe import Home, MoE, bring
 from moe_engine.parallel.collectives import all_gather, copy_to, reduce_scatter
 from moe_engine.parallel.linear import ColumnLinear, VocabEmbedding
 from moe_engine.parallel.mesh import Mesh
@@ -43,12 +43,18 @@ class Block(nn.Module):
         self.ffn = MoE(config, mesh, keep_h) if config.is_moe(layer) else DenseMLP(config, mesh)
 
     def forward(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor]:
+        return self.finish(*self.compute(x_TD, at, member_BT))
+
+    def compute(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor, Home | None, Tensor]:
+        """What recompute repeats: all but the way of the experts' outputs back to their tokens."""
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), at)
         h_TD = self.ffn_norm(x_TD)
         if isinstance(self.ffn, MoE):
-            y_TD, stats_BX = self.ffn(h_TD, member_BT)
-            return x_TD + y_TD, stats_BX
-        return x_TD + self.ffn(h_TD), member_BT.new_zeros(member_BT.shape[0], 0)
+            return x_TD, *self.ffn.through_experts(h_TD, member_BT)
+        return x_TD, self.ffn(h_TD), None, member_BT.new_zeros(member_BT.shape[0], 0)
+
+    def finish(self, x_TD: Tensor, rows: Tensor, home: Home | None, stats_BX: Tensor) -> tuple[Tensor, Tensor]:
+        return x_TD + bring(rows, home), stats_BX
 
 
 class Transformer(nn.Module):
@@ -116,20 +122,22 @@ class Transformer(nn.Module):
     def _run(self, layer: nn.Module, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor]:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return layer(x_TD, at, member_BT)
+        assert isinstance(layer, Block)
         kept = ROUTING if self.recompute == "full" else ROUTING + PRODUCTS
 
         def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
             keep = op.name().partition(".")[0] in kept
             return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-        return checkpoint(
-            layer,
+        outputs = checkpoint(
+            layer.compute,
             x_TD,
             at,
             member_BT,
             use_reentrant=False,
             context_fn=lambda: create_selective_checkpoint_contexts(policy),
         )
+        return layer.finish(*outputs)
 
 
 ROUTING = ("moe_engine::router_topk",)

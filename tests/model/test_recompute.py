@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_engine.config import Model
 from moe_engine.model.router_losses import router_loss, unpack_stats
 from moe_engine.model.transformer import Transformer
-from moe_engine.parallel.mesh import Mesh
+from moe_engine.parallel.local_ranks import run_on_ranks
+from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import initialise
 
 LAYERS = 3
@@ -102,3 +103,19 @@ def test_jitter_is_the_same_noise_in_both_passes(recompute: str):
     assert torch.equal(stats, other_stats)
     for name, gradient in gradients.items():
         assert torch.equal(gradient, other_gradients[name]), name
+
+
+@pytest.mark.parametrize(("recompute", "trips"), [("none", 6), ("selective", 8), ("full", 8)])
+def test_rows_travel_again_to_their_experts_and_not_back(recompute: str, trips: int):
+    """Rows, their weights and the outputs, forward and backward; recompute repeats the first two."""
+
+    def on_rank(rank: int) -> None:
+        config = CONFIG.model_copy(update={"moe_layers": (1,)})
+        model = Transformer(config, build_mesh(1, 2, 1), recompute)
+        initialise(model, 0)
+        tokens = torch.arange(32).view(2, 16)
+        with Calls() as calls:
+            model(tokens, torch.arange(16).expand(2, 16), tokens)[0].sum().backward()
+        assert calls.count["c10d::alltoall_base_"] == trips
+
+    run_on_ranks(on_rank, 2)
