@@ -41,8 +41,9 @@ def extension() -> dict:
             return [path for path in super().get_outputs() if Path(path).exists()]
 
     sources = sorted(path.as_posix() for path in Path("csrc").glob("*.cpp"))
+    headers = sorted(path.as_posix() for path in Path("csrc").glob("*.h"))
     library = CppExtension(
-        "moe_engine._C", sources, extra_compile_args=FLAGS, extra_link_args=["-fopenmp"], depends=["csrc/simd.h"]
+        "moe_engine._C", sources, extra_compile_args=FLAGS, extra_link_args=["-fopenmp"], depends=headers
     )
     return {"ext_modules": [library], "cmdclass": {"build_ext": OptionalBuild}}
 

@@ -1,5 +1,7 @@
 // sort_by_expert, permute and unpermute on CPU. See moe_engine/ops/permute. Each output row has one writer, which adds
 // in the order of the slots.
+#include "permute.h"
+
 #include "simd.h"
 
 #include <algorithm>
@@ -70,7 +72,9 @@ Tensor permute(const Tensor& x_, const Tensor& assignment_of_row_, const Tensor&
   return out;
 }
 
-Tensor unpermute(const Tensor& rows_, const Tensor&, const Tensor& row_of_) {
+}  // namespace
+
+at::Tensor unpermute(const Tensor& rows_, const Tensor&, const Tensor& row_of_) {
   Tensor rows = rows_.contiguous(), row_of = row_of_.contiguous();
   int64_t tokens = row_of.size(0), k = row_of.size(1), width = rows.size(1);
   Tensor y = empty({tokens, width}, rows.options());
@@ -89,7 +93,6 @@ Tensor unpermute(const Tensor& rows_, const Tensor&, const Tensor& row_of_) {
   return y;
 }
 
-}  // namespace
 }  // namespace moe_engine
 
 TORCH_LIBRARY_IMPL(moe_engine, CPU, m) {

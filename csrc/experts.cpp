@@ -1,0 +1,244 @@
+// experts on CPU. See moe_engine/ops/experts. Tasks are (expert, block of its rows, block of columns); tokens are
+// gathered by pointer, and what follows a product is done on its block while that is in the cache:
+//
+//   up        g, u = x w_gate_up^T     -> h, a = s silu(g) u
+//   down      o = a w_down^T           -> y[t] = sum of o over the token's rows
+//   hidden    da = dy w_down           -> dg, du = dSwiGLU(s da), s a, and the block's part of dweight
+//   gradients dw_down = dy^T s a, dw_gate_up = (dg, du)^T x, dx = (dg, du) w_gate_up
+#include "grouped.h"
+#include "permute.h"
+
+#include <ATen/ops/constant_pad_nd.h>
+
+namespace moe_engine {
+namespace {
+
+using at::Tensor;
+constexpr int64_t kUp = 64;     // columns of gate and of up of a task of up
+constexpr int64_t kDown = 128;  // columns of a task of down
+constexpr int64_t kLanes = 16;  // partial sums of a row
+
+// a = s silu(gate) up
+template <typename T>
+INLINE void activate(const Wide<T>* __restrict gate, const Wide<T>* __restrict up, Wide<T> s, T* __restrict a,
+                     int64_t count) {
+  for (int64_t i = 0; i < count; i++) narrow(s * gate[i] / (1 + fast_exp(-gate[i])) * up[i], a[i]);
+}
+
+// a = s silu(gate) up, the gradients of gate and up for that of a / s, and da <- da a / s.
+template <typename T>
+INLINE void differentiate(Wide<T>* __restrict da, const T* __restrict gate, const T* __restrict up, Wide<T> s,
+                          T* __restrict grad_gate, T* __restrict grad_up, T* __restrict a, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    Wide<T> g = widen(gate[i]), u = widen(up[i]), sigmoid = 1 / (1 + fast_exp(-g)), silu = g * sigmoid, d = s * da[i];
+    narrow(d * u * sigmoid * (1 + g * (1 - sigmoid)), grad_gate[i]);
+    narrow(d * silu, grad_up[i]);
+    narrow(s * silu * u, a[i]);
+    da[i] *= silu * u;
+  }
+}
+
+// The sum of a row, in an order that the compiler can vectorise.
+template <typename W>
+INLINE W sum(const W* row, int64_t count) {
+  W parts[kLanes] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int64_t j = 0; j < kLanes; j++) parts[j] += row[i + j];
+  for (; i < count; i++) total += row[i];
+  for (int64_t j = 0; j < kLanes; j++) total += parts[j];
+  return total;
+}
+
+MULTIVERSION void up_row(const float* gate, const float* up, float s, float* a, int64_t n) {
+  activate(gate, up, s, a, n);
+}
+MULTIVERSION void up_row(const float* gate, const float* up, float s, Bits* a, int64_t n) {
+  activate(gate, up, s, a, n);
+}
+void up_row(const double* gate, const double* up, double s, double* a, int64_t n) { activate(gate, up, s, a, n); }
+
+MULTIVERSION float hidden_row(float* da, const float* gate, const float* up, float s, float* grad_gate, float* grad_up,
+                              float* a, int64_t n) {
+  differentiate(da, gate, up, s, grad_gate, grad_up, a, n);
+  return sum(da, n);
+}
+MULTIVERSION float hidden_row(float* da, const Bits* gate, const Bits* up, float s, Bits* grad_gate, Bits* grad_up,
+                              Bits* a, int64_t n) {
+  differentiate(da, gate, up, s, grad_gate, grad_up, a, n);
+  return sum(da, n);
+}
+double hidden_row(double* da, const double* gate, const double* up, double s, double* grad_gate, double* grad_up,
+                  double* a, int64_t n) {
+  differentiate(da, gate, up, s, grad_gate, grad_up, a, n);
+  return sum(da, n);
+}
+
+// What both directions read. `width` is D, `hidden` F.
+template <typename T>
+struct Layer {
+  Rows<T> x;
+  const Wide<T>* weight;
+  const T *gate_up, *down;
+  int64_t width, hidden;
+  const Groups& groups;
+
+  Wide<T> weight_of(int64_t row) const { return weight[x.assignment[row]]; }
+
+  // h and a; either may be absent
+  void up(T* h, T* a) const {
+    auto tasks = groups.blocks(hidden, kUp);
+    share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
+      const Task& t = tasks[i];
+      const T* w = gate_up + (2 * t.expert * hidden + t.column) * width;
+      x.point(t.row, t.rows, s.rows);
+      dot(s.rows, t.rows, w, width, t.columns, width, s.c[0], kUp);
+      dot(s.rows, t.rows, w + hidden * width, width, t.columns, width, s.c[1], kUp);
+      for (int64_t r = 0; r < t.rows; r++) {
+        const Wide<T>*gate = s.c[0] + r * kUp, *up = s.c[1] + r * kUp;
+        int64_t at = (t.row + r) * hidden + t.column;
+        if (a) up_row(gate, up, weight_of(t.row + r), a + at, t.columns);
+        if (h) {
+          T* out = h + at + (t.row + r) * hidden;
+          round_row(gate, out, t.columns);
+          round_row(up, out + hidden, t.columns);
+        }
+      }
+    });
+  }
+
+  // o = a w_down^T
+  void project(const T* a, T* o) const {
+    auto tasks = groups.blocks(width, kDown);
+    share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
+      const Task& t = tasks[i];
+      Rows<T>{a, hidden}.point(t.row, t.rows, s.rows);
+      dot(s.rows, t.rows, down + (t.expert * width + t.column) * hidden, hidden, t.columns, hidden, s.c[0], kDown);
+      for (int64_t r = 0; r < t.rows; r++)
+        round_row(s.c[0] + r * kDown, o + (t.row + r) * width + t.column, t.columns);
+    });
+  }
+
+  // dh, s a, and dweight of each row in blocks of kWide columns
+  void differentiate_hidden(const Rows<T>& grad, const T* h, T* dh, T* a, Wide<T>* dweight) const {
+    auto tasks = groups.blocks(hidden, kWide);
+    share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
+      const Task& t = tasks[i];
+      grad.point(t.row, t.rows, s.rows);
+      times_panels(s.rows, t, down + t.expert * width * hidden, width, hidden, s, s.c[0]);
+      for (int64_t r = t.row; r < t.row + t.rows; r++) {
+        int64_t at = 2 * r * hidden + t.column;
+        dweight[r * blocks_of(hidden, kWide) + t.column / kWide] =
+            hidden_row(s.c[0] + (r - t.row) * kWide, h + at, h + at + hidden, weight_of(r), dh + at, dh + at + hidden,
+                       a + r * hidden + t.column, t.columns);
+      }
+    });
+  }
+
+  // The rows of dx
+  void differentiate_x(const T* dh, T* dx) const {
+    auto tasks = groups.blocks(width, kWide);
+    share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
+      const Task& t = tasks[i];
+      Rows<T>{dh, 2 * hidden}.point(t.row, t.rows, s.rows);
+      times_panels(s.rows, t, gate_up + 2 * t.expert * hidden * width, 2 * hidden, width, s, s.c[0]);
+      for (int64_t r = 0; r < t.rows; r++)
+        round_row(s.c[0] + r * kWide, dx + (t.row + r) * width + t.column, t.columns);
+    });
+  }
+
+  void differentiate_matrices(const Rows<T>& grad, const T* dh, const T* a, T* dw_gate_up, T* dw_down) const {
+    auto first = groups.strips(width, kFlat), second = groups.strips(2 * hidden, kFlat);
+    int64_t firsts = first.size();
+    share<T>(firsts + second.size(), [&](int64_t i, Scratch<T>& s) {
+      const Task& t = i < firsts ? first[i] : second[i - firsts];
+      if (i < firsts)
+        gradient(grad, Rows<T>{a, hidden}, t, s, dw_down + t.expert * width * hidden);
+      else
+        gradient(Rows<T>{dh, 2 * hidden}, x, t, s, dw_gate_up + 2 * t.expert * hidden * width);
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor> experts(const Tensor& x_, const Tensor& weight_, const Tensor& gate_up_, const Tensor& down_,
+                                   const Tensor& counts, const Tensor& assignment_, const Tensor& row_of, bool keep_h) {
+  Tensor x = x_.contiguous(), weight = weight_.contiguous(), gate_up = gate_up_.contiguous();
+  Tensor down = down_.contiguous(), assignment = assignment_.contiguous(), y;
+  int64_t rows = assignment.size(0), width = x.size(1), hidden = down.size(2);
+  Groups groups(counts, rows);
+  Tensor h = empty({keep_h ? rows : 0, 2 * hidden}, x.options());
+  if (keep_h) h.slice(0, groups.total()).zero_();
+  by_dtype(x.scalar_type(), "experts", [&](auto zero) {
+    using T = decltype(zero);
+    Layer<T> layer{{data<T>(x), width, data<int32_t>(assignment), row_of.size(1)}, data<Wide<T>>(weight),
+                   data<T>(gate_up), data<T>(down), width, hidden, groups};
+    Tensor a = empty({groups.total(), hidden}, x.options()), o = empty({rows, width}, x.options());
+    layer.up(keep_h ? output<T>(h) : nullptr, output<T>(a));
+    layer.project(data<T>(a), output<T>(o));
+    o.slice(0, groups.total()).zero_();
+    y = unpermute(o, assignment, row_of);
+  });
+  return {y, h};
+}
+
+// dweight[t][k] = the sum of the parts of its row
+template <typename T>
+Tensor weight_gradient(const Tensor& parts, const Tensor& row_of_, int64_t total) {
+  Tensor row_of = row_of_.contiguous(), out = at::empty(row_of.sizes(), parts.options());
+  int64_t blocks = parts.size(1);
+  for (int64_t i = 0; i < row_of.numel(); i++) {
+    int64_t row = data<int32_t>(row_of)[i];
+    output<Wide<T>>(out)[i] = row < total ? sum(data<Wide<T>>(parts) + row * blocks, blocks) : 0;
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(const Tensor& grad_, const Tensor& x_,
+                                                            const Tensor& weight_, const Tensor& gate_up_,
+                                                            const Tensor& down_, const Tensor& counts,
+                                                            const Tensor& assignment_, const Tensor& row_of,
+                                                            const Tensor& h_, bool need_x, bool need_matrices) {
+  Tensor x = x_.contiguous(), weight = weight_.contiguous(), gate_up = gate_up_.contiguous();
+  Tensor down = down_.contiguous(), assignment = assignment_.contiguous(), h = h_.contiguous();
+  int64_t rows = assignment.size(0), width = x.size(1), hidden = down.size(2), k = row_of.size(1);
+  // a word of bf16 may not reach into the next token
+  Tensor grad = grad_.scalar_type() == at::kBFloat16 && width % 2 ? at::constant_pad_nd(grad_, {0, 1}, 0)
+                                                                  : grad_.contiguous();
+  Groups groups(counts, rows);
+  Tensor none = at::empty({0}, x.options()), dx = none, dweight, dw_gate_up = none, dw_down = none;
+  by_dtype(x.scalar_type(), "experts_backward", [&](auto zero) {
+    using T = decltype(zero);
+    const int32_t* order = data<int32_t>(assignment);
+    Layer<T> layer{{data<T>(x), width, order, k}, data<Wide<T>>(weight), data<T>(gate_up), data<T>(down), width,
+                   hidden, groups};
+    Rows<T> grads{data<T>(grad), grad.size(1), order, k};
+    if (h.size(0) == 0) {
+      h = empty({rows, 2 * hidden}, x.options());
+      layer.up(output<T>(h), nullptr);
+    }
+    Tensor dh = empty({rows, 2 * hidden}, x.options()), a = empty({rows, hidden}, x.options());
+    Tensor parts = empty({rows, blocks_of(hidden, kWide)}, weight.options());
+    layer.differentiate_hidden(grads, data<T>(h), output<T>(dh), output<T>(a), output<Wide<T>>(parts));
+    dweight = weight_gradient<T>(parts, row_of, groups.total());
+    if (need_matrices) {
+      dw_gate_up = empty(gate_up.sizes(), x.options());
+      dw_down = empty(down.sizes(), x.options());
+      layer.differentiate_matrices(grads, data<T>(dh), data<T>(a), output<T>(dw_gate_up), output<T>(dw_down));
+    }
+    if (need_x) {
+      Tensor rows_of_dx = empty({rows, width}, x.options());
+      layer.differentiate_x(data<T>(dh), output<T>(rows_of_dx));
+      rows_of_dx.slice(0, groups.total()).zero_();
+      dx = unpermute(rows_of_dx, assignment, row_of);
+    }
+  });
+  return {dx, dweight, dw_gate_up, dw_down};
+}
+
+}  // namespace
+}  // namespace moe_engine
+
+TORCH_LIBRARY_IMPL(moe_engine, CPU, m) {
+  m.impl("experts", moe_engine::experts);
+  m.impl("experts_backward", moe_engine::experts_backward);
+}

@@ -1,0 +1,148 @@
+// What grouped_mm and experts share: where the experts' rows lie, how threads divide the work, and the three products
+// of a task. A weight is read where it lies, once for each kRows rows of its expert; each output has one writer, and
+// the order of its sum does not depend on the number of threads.
+//
+//   dot            c = rows w^T               csrc/tiles.h: w and rows are read in place
+//   times_panels   c = rows w                 the task packs its columns of w
+//   gradient       dw = left^T right          the task packs its columns of both, sums all rows of the expert
+#pragma once
+
+#include "tiles.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+namespace moe_engine {
+
+constexpr int64_t kRows = 128;   // rows of a task
+constexpr int64_t kWide = 256;   // columns of a task whose columns are packed
+constexpr int64_t kFlat = 96;    // rows of dw of a task
+constexpr int64_t kStrip = 512;  // columns of dw that are summed at once
+
+inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
+inline int64_t round_up(int64_t size, int64_t multiple) { return blocks_of(size, multiple) * multiple; }
+
+// Consecutive rows of an expert, and columns of what is computed for them.
+struct Task {
+  int64_t expert, row, rows, column, columns;
+};
+
+// Where each expert's rows lie.
+struct Groups {
+  std::vector<int64_t> start{0};
+
+  Groups(const at::Tensor& counts_, int64_t rows) {
+    at::Tensor counts = counts_.contiguous();
+    for (int64_t e = 0; e < counts.numel(); e++) {
+      TORCH_CHECK_VALUE(data<int32_t>(counts)[e] >= 0, "found a negative count of rows, expected 0 or more");
+      start.push_back(start.back() + data<int32_t>(counts)[e]);
+    }
+    TORCH_CHECK_VALUE(total() <= rows, "found counts that sum to ", total(), ", expected at most ", rows,
+                      ", the number of rows");
+  }
+  int64_t experts() const { return start.size() - 1; }
+  int64_t total() const { return start.back(); }
+
+  // Blocks of rows and columns; those that read the same weights follow each other.
+  std::vector<Task> blocks(int64_t width, int64_t wide) const {
+    std::vector<Task> tasks;
+    for (int64_t e = 0; e < experts(); e++) {
+      for (int64_t column = 0; column < width; column += wide) {
+        for (int64_t row = start[e]; row < start[e + 1]; row += kRows)
+          tasks.push_back({e, row, std::min(kRows, start[e + 1] - row), column, std::min(wide, width - column)});
+      }
+    }
+    return tasks;
+  }
+
+  // All rows of each expert, one without rows too, and blocks of columns.
+  std::vector<Task> strips(int64_t width, int64_t wide) const {
+    std::vector<Task> tasks;
+    for (int64_t e = 0; e < experts(); e++) {
+      for (int64_t column = 0; column < width; column += wide)
+        tasks.push_back({e, start[e], start[e + 1] - start[e], column, std::min(wide, width - column)});
+    }
+    return tasks;
+  }
+};
+
+// Rows `width` long; row r is that of its token if they are gathered.
+template <typename T>
+struct Rows {
+  const T* base;
+  int64_t width;
+  const int32_t* assignment = nullptr;
+  int64_t k = 1;
+
+  const T* operator[](int64_t r) const { return base + (assignment ? assignment[r] / k : r) * width; }
+  void point(int64_t first, int64_t count, const T** to) const {
+    for (int64_t r = 0; r < count; r++) to[r] = (*this)[first + r];
+  }
+};
+
+// What a thread works in.
+template <typename T>
+struct Scratch {
+  alignas(64) Wide<T> c[2][kRows * kWide];
+  alignas(64) Word<T> panel[kDepth * kPanel], left[kDepth * kFlat];
+  const T *rows[std::max(kRows, kPair<T> * kDepth)], *more[kPair<T> * kDepth];
+};
+
+// Run task(i, scratch) for each i < count; a thread takes the next one when it is done.
+template <typename T, typename Function>
+void share(int64_t count, const Function& task) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    std::unique_ptr<Scratch<T>> scratch(new Scratch<T>);
+    for (int64_t i; (i = next++) < count;) task(i, *scratch);
+  });
+}
+
+// c[rows][kWide] = the task's rows, `depth` long, times the task's columns of w[depth][width]
+template <typename T>
+void times_panels(const T* const* rows, const Task& t, const T* w, int64_t depth, int64_t width, Scratch<T>& s,
+                  Wide<T>* c) {
+  for (int64_t k0 = 0; k0 < depth; k0 += kPair<T> * kDepth) {
+    int64_t deep = std::min(kPair<T> * kDepth, depth - k0);
+    Rows<T>{w, width}.point(k0, deep, s.more);
+    for (int64_t p = 0; p < t.columns; p += kPanel) {
+      pack(s.more, t.column + p, deep, std::min(kPanel, t.columns - p), kPanel, s.panel);
+      outer(rows, k0, kPair<T>, t.rows, s.panel, blocks_of(deep, kPair<T>), c + p, kWide, k0 > 0);
+    }
+  }
+}
+
+// dw[left's columns of the task][right's width] = left^T right over the task's rows
+template <typename T>
+void gradient(const Rows<T>& left, const Rows<T>& right, const Task& t, Scratch<T>& s, T* dw) {
+  constexpr int64_t most = kPair<T> * kDepth;
+  int64_t strip = t.rows > most ? kStrip : kPanel, width = right.width;
+  const T* columns[kFlat];
+  for (int64_t i = 0; i < kFlat; i++) columns[i] = reinterpret_cast<const T*>(s.left + i);
+  for (int64_t s0 = 0; s0 < width; s0 += strip) {
+    int64_t wide = std::min(strip, width - s0);
+    for (int64_t r = 0; r < t.rows; r += most) {
+      int64_t deep = std::min(most, t.rows - r);
+      if (s0 == 0 || t.rows > most) {
+        left.point(t.row + r, deep, s.rows);
+        right.point(t.row + r, deep, s.more);
+        pack(s.rows, t.column, deep, t.columns, kFlat, s.left);
+      }
+      for (int64_t p = 0; p < wide; p += kPanel) {
+        pack(s.more, s0 + p, deep, std::min(kPanel, wide - p), kPanel, s.panel);
+        outer(columns, 0, kPair<T> * kFlat, t.columns, s.panel, blocks_of(deep, kPair<T>), s.c[0] + p, strip, r > 0);
+      }
+    }
+    for (int64_t i = 0; i < t.columns; i++) {
+      T* out = dw + (t.column + i) * width + s0;
+      if (t.rows)
+        round_row(s.c[0] + i * strip, out, wide);
+      else
+        std::memset(out, 0, wide * sizeof(T));
+    }
+  }
+}
+
+}  // namespace moe_engine
