@@ -109,7 +109,8 @@ void times_panels(const T* const* rows, const Task& t, const T* w, int64_t depth
     Rows<T>{w, width}.point(k0, deep, s.more);
     for (int64_t p = 0; p < t.columns; p += kPanel) {
       pack(s.more, t.column + p, deep, std::min(kPanel, t.columns - p), kPanel, s.panel);
-      outer(rows, k0, kPair<T>, t.rows, s.panel, blocks_of(deep, kPair<T>), c + p, kWide, k0 > 0);
+      const T* next = p + kPanel < t.columns ? s.more[0] + t.column + p + kPanel : s.more[0] + deep * width + t.column;
+      outer(rows, k0, kPair<T>, t.rows, s.panel, blocks_of(deep, kPair<T>), next, width, c + p, kWide, k0 > 0);
     }
   }
 }
@@ -132,7 +133,8 @@ void gradient(const Rows<T>& left, const Rows<T>& right, const Task& t, Scratch<
       }
       for (int64_t p = 0; p < wide; p += kPanel) {
         pack(s.more, s0 + p, deep, std::min(kPanel, wide - p), kPanel, s.panel);
-        outer(columns, 0, kPair<T> * kFlat, t.columns, s.panel, blocks_of(deep, kPair<T>), s.c[0] + p, strip, r > 0);
+        outer(columns, 0, kPair<T> * kFlat, t.columns, s.panel, blocks_of(deep, kPair<T>), columns[0], 0, s.c[0] + p,
+              strip, r > 0);
       }
     }
     for (int64_t i = 0; i < t.columns; i++) {

@@ -90,12 +90,16 @@ struct DotTile {
   static constexpr int lanes = M::bytes / sizeof(Wide<T>), rows = lanes >= 8 ? 4 : 2, columns = lanes / rows;
   static constexpr int span = M::bytes / sizeof(T);
 
-  static INLINE void run(const T* const* a, const T* const* b, int64_t k, Wide<T>* c, int64_t ldc, bool add) {
+  static INLINE void run(const T* const* a, const T* const* b, const T* next, int64_t k, Wide<T>* c, int64_t ldc,
+                         bool add) {
     const T *left[rows], *right[columns];
     UNROLL for (int i = 0; i < rows; i++) left[i] = a[i];
     UNROLL for (int j = 0; j < columns; j++) right[j] = b[j];
     V sums[lanes] = {};
-    for (int64_t at = 0; at + span <= k; at += span) step(left, right, at, sums);
+    for (int64_t at = 0; at + span <= k; at += span) {
+      __builtin_prefetch(next + at, 0, 2);
+      step(left, right, at, sums);
+    }
     if (int64_t rest = k % span; rest) {
       T ends[lanes / rows + rows][span] = {};
       UNROLL for (int i = 0; i < rows + columns; i++) {
@@ -125,6 +129,7 @@ struct DotTile {
 };
 
 // Rows past the last one are read as the last one; what they give lies past m and n.
+// While a few rows of b meet all rows of a, the next few are asked for from memory, one by each tile.
 template <typename T, typename M>
 INLINE void dot_block(const T* const* a, int64_t m, const T* b, int64_t ld, int64_t n, int64_t k, Wide<T>* c,
                       int64_t ldc) {
@@ -132,13 +137,15 @@ INLINE void dot_block(const T* const* a, int64_t m, const T* b, int64_t ld, int6
   constexpr int64_t span = kSpan / sizeof(T);
   for (int64_t k0 = 0; k0 < k; k0 += span) {
     for (int64_t j0 = 0; j0 < n; j0 += kNear) {
+      const T *near[kNear], *next = b + (j0 + kNear) * ld + k0;
+      for (int64_t j = 0; j < kNear; j++) near[j] = b + std::min(j0 + j, n - 1) * ld + k0;
+      int64_t columns = std::min(kNear, n - j0), ahead = kNear;
       for (int64_t i = 0; i < m; i += Tile::rows) {
         const T* left[Tile::rows];
         for (int r = 0; r < Tile::rows; r++) left[r] = a[std::min(i + r, m - 1)] + k0;
-        for (int64_t j = j0; j < std::min(n, j0 + kNear); j += Tile::columns) {
-          const T* right[Tile::columns];
-          for (int r = 0; r < Tile::columns; r++) right[r] = b + std::min(j + r, n - 1) * ld + k0;
-          Tile::run(left, right, std::min(span, k - k0), c + i * ldc + j, ldc, k0 > 0);
+        for (int64_t j = 0; j < columns; j += Tile::columns) {
+          Tile::run(left, near + j, next, std::min(span, k - k0), c + i * ldc + j0 + j, ldc, k0 > 0);
+          next = --ahead > 0 ? next + ld : near[0];
         }
       }
     }
@@ -146,8 +153,8 @@ INLINE void dot_block(const T* const* a, int64_t m, const T* b, int64_t ld, int6
 }
 
 template <int rows, typename T, typename M>
-INLINE void outer_tile(const T* const* a, int64_t offset, int64_t step, const Word<T>* panel, int64_t depth, Wide<T>* c,
-                       int64_t ldc, bool add) {
+INLINE void outer_tile(const T* const* a, int64_t offset, int64_t step, const Word<T>* panel, int64_t depth, const T* next,
+                       int64_t stride, Wide<T>* c, int64_t ldc, bool add) {
   using V = Vector<T, M>;
   constexpr int lanes = M::bytes / sizeof(Wide<T>);
   const T* left[rows];
@@ -157,6 +164,8 @@ INLINE void outer_tile(const T* const* a, int64_t offset, int64_t step, const Wo
     UNROLL for (int j = 0; j < M::vectors; j++) sums[i][j] = add ? load<V>(c + i * ldc + j * lanes) : V{};
   }
   for (int64_t k = 0; k < depth; k++) {
+    __builtin_prefetch(next + k * stride, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(next + k * stride) + 64, 0, 2);
     V b[M::vectors];
     UNROLL for (int j = 0; j < M::vectors; j++) b[j] = load<V>(panel + k * kPanel + j * lanes);
     UNROLL for (int i = 0; i < rows; i++) {
@@ -171,19 +180,22 @@ INLINE void outer_tile(const T* const* a, int64_t offset, int64_t step, const Wo
 
 template <typename T, typename M>
 INLINE void outer_block(const T* const* a, int64_t offset, int64_t step, int64_t m, const Word<T>* panel, int64_t depth,
-                        Wide<T>* c, int64_t ldc, bool add) {
+                        const T* next, int64_t stride, Wide<T>* c, int64_t ldc, bool add) {
   constexpr int64_t wide = M::vectors * M::bytes / sizeof(Wide<T>);
   for (int64_t i = 0; i < m; i += kTall) {
+    const T* half = next + (i / kTall % 2) * (kPair<T> > 1 ? stride : kPanel / 2);
     for (int64_t j = 0; j < kPanel; j += wide) {
       const Word<T>* b = panel + j;
       Wide<T>* out = c + i * ldc + j;
       switch (m - i) {
-        case 1: outer_tile<1, T, M>(a + i, offset, step, b, depth, out, ldc, add); break;
-        case 2: outer_tile<2, T, M>(a + i, offset, step, b, depth, out, ldc, add); break;
-        case 3: outer_tile<3, T, M>(a + i, offset, step, b, depth, out, ldc, add); break;
-        case 4: outer_tile<4, T, M>(a + i, offset, step, b, depth, out, ldc, add); break;
-        case 5: outer_tile<5, T, M>(a + i, offset, step, b, depth, out, ldc, add); break;
-        default: outer_tile<kTall, T, M>(a + i, offset, step, b, depth, out, ldc, add);
+#define TILE(rows) outer_tile<rows, T, M>(a + i, offset, step, b, depth, half, kPair<T> * stride, out, ldc, add)
+        case 1: TILE(1); break;
+        case 2: TILE(2); break;
+        case 3: TILE(3); break;
+        case 4: TILE(4); break;
+        case 5: TILE(5); break;
+        default: TILE(kTall);
+#undef TILE
       }
     }
   }
@@ -204,8 +216,8 @@ struct Versions {
   }                                                                                                                  \
   template <typename T>                                                                                              \
   target void outer_##name(const T* const* a, int64_t offset, int64_t step, int64_t m, const Word<T>* panel,         \
-                           int64_t depth, Wide<T>* c, int64_t ldc, bool add) {                                       \
-    outer_block<T, Machine<__VA_ARGS__>>(a, offset, step, m, panel, depth, c, ldc, add);                             \
+                           int64_t depth, const T* next, int64_t stride, Wide<T>* c, int64_t ldc, bool add) {        \
+    outer_block<T, Machine<__VA_ARGS__>>(a, offset, step, m, panel, depth, next, stride, c, ldc, add);               \
   }
 
 VERSION(baseline, , 16, false)
@@ -232,19 +244,37 @@ const Versions<T>& version() {
   return chosen;
 }
 
-MULTIVERSION void pair_up(const Bits* first, const Bits* second, uint32_t* to, int64_t count) {
-  for (int64_t c = 0; c < count; c++) to[c] = first[c] | static_cast<uint32_t>(second[c]) << 16;
-}
-
-void pack_word(const Bits* const* from, int64_t offset, int64_t rows, int64_t columns, uint32_t* to) {
-  if (rows > 1)
-    pair_up(from[0] + offset, from[1] + offset, to, columns);
-  else
-    std::copy_n(from[0] + offset, columns, to);
+INLINE void pack_word(const Bits* const* from, int64_t offset, bool alone, int64_t columns, uint32_t* to) {
+  const Bits *first = from[0] + offset, *second = from[alone ? 0 : 1] + offset;
+  for (int64_t c = 0; c < columns; c++) to[c] = first[c] | (alone ? 0 : static_cast<uint32_t>(second[c]) << 16);
 }
 template <typename T>
-void pack_word(const T* const* from, int64_t offset, int64_t, int64_t columns, T* to) {
-  std::memcpy(to, from[0] + offset, columns * sizeof(T));
+INLINE void pack_word(const T* const* from, int64_t offset, bool, int64_t columns, T* to) {
+  for (int64_t c = 0; c < columns; c++) to[c] = from[0][offset + c];
+}
+
+template <typename T>
+INLINE void pack_rows(const T* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded,
+                      Word<T>* to) {
+  for (int64_t r = 0; r < rows; r += kPair<T>, to += padded) {
+    if (r + kPair<T> <= rows && columns == kPanel) {
+      pack_word(from + r, offset, false, kPanel, to);
+    } else {
+      pack_word(from + r, offset, r + 1 == rows, columns, to);
+      for (int64_t c = columns; c < padded; c++) to[c] = 0;
+    }
+  }
+}
+MULTIVERSION void pack_block(const float* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded,
+                             float* to) {
+  pack_rows(from, offset, rows, columns, padded, to);
+}
+MULTIVERSION void pack_block(const Bits* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded,
+                             uint32_t* to) {
+  pack_rows(from, offset, rows, columns, padded, to);
+}
+void pack_block(const double* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded, double* to) {
+  pack_rows(from, offset, rows, columns, padded, to);
 }
 
 MULTIVERSION void narrow_row(const float* from, Bits* to, int64_t count) {
@@ -263,17 +293,14 @@ void dot(const T* const* a, int64_t m, const T* b, int64_t ld, int64_t n, int64_
 }
 
 template <typename T>
-void outer(const T* const* a, int64_t offset, int64_t step, int64_t m, const Word<T>* panel, int64_t depth, Wide<T>* c,
-           int64_t ldc, bool add) {
-  version<T>().outer(a, offset, step, m, panel, depth, c, ldc, add);
+void outer(const T* const* a, int64_t offset, int64_t step, int64_t m, const Word<T>* panel, int64_t depth, const T* next,
+           int64_t stride, Wide<T>* c, int64_t ldc, bool add) {
+  version<T>().outer(a, offset, step, m, panel, depth, next, stride, c, ldc, add);
 }
 
 template <typename T>
 void pack(const T* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded, Word<T>* to) {
-  for (int64_t r = 0; r < rows; r += kPair<T>, to += padded) {
-    pack_word(from + r, offset, rows - r, columns, to);
-    std::fill(to + columns, to + padded, Word<T>(0));
-  }
+  pack_block(from, offset, rows, columns, padded, to);
 }
 
 template <typename T>
@@ -283,7 +310,7 @@ void round_row(const Wide<T>* from, T* to, int64_t count) {
 
 #define INSTANTIATE(T)                                                                                                \
   template void dot(const T* const*, int64_t, const T*, int64_t, int64_t, int64_t, Wide<T>*, int64_t);                \
-  template void outer(const T* const*, int64_t, int64_t, int64_t, const Word<T>*, int64_t, Wide<T>*, int64_t, bool);  \
+  template void outer(const T* const*, int64_t, int64_t, int64_t, const Word<T>*, int64_t, const T*, int64_t, Wide<T>*, int64_t, bool);  \
   template void pack(const T* const*, int64_t, int64_t, int64_t, int64_t, Word<T>*);                                  \
   template void round_row(const Wide<T>*, T*, int64_t);
 

@@ -24,10 +24,11 @@ constexpr int64_t kPair = sizeof(Word<T>) / sizeof(T);  // numbers in a word
 template <typename T>
 void dot(const T* const* a, int64_t m, const T* b, int64_t ld, int64_t n, int64_t k, Wide<T>* c, int64_t ldc);
 
-// c[m][kPanel] (+)= a b over `depth` words; word w of row i of a lies at a[i] + offset + w * step.
+// c[m][kPanel] (+)= a b over `depth` words; word w of row i of a lies at a[i] + offset + w * step. Meanwhile a block of
+// kPanel columns that starts at `next`, with rows `stride` apart, is asked for from memory.
 template <typename T>
-void outer(const T* const* a, int64_t offset, int64_t step, int64_t m, const Word<T>* panel, int64_t depth, Wide<T>* c,
-           int64_t ldc, bool add);
+void outer(const T* const* a, int64_t offset, int64_t step, int64_t m, const Word<T>* panel, int64_t depth, const T* next,
+           int64_t stride, Wide<T>* c, int64_t ldc, bool add);
 
 // to[w][c] = the word of numbers from[2w][c], from[2w+1][c] (fp32, fp64: from[w][c]) for columns of rows that start
 // at from[.] + offset; 0 for rows past `rows` and for columns from `columns` to `padded`.
