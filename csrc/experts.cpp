@@ -98,10 +98,11 @@ struct Layer {
         const Wide<T>*gate = s.c[0] + r * kUp, *up = s.c[1] + r * kUp;
         int64_t at = (t.row + r) * hidden + t.column;
         if (a) up_row(gate, up, weight_of(t.row + r), a + at, t.columns);
-        if (h) {
-          T* out = h + at + (t.row + r) * hidden;
-          round_row(gate, out, t.columns);
-          round_row(up, out + hidden, t.columns);
+      }
+      if (h) {
+        for (int half = 0; half < 2; half++) {
+          T* out = h + (2 * t.row + half) * hidden + t.column;
+          round_rows(s.c[half], kUp, out, 2 * hidden, t.rows, t.columns);
         }
       }
     });
@@ -114,8 +115,7 @@ struct Layer {
       const Task& t = tasks[i];
       Rows<T>{a, hidden}.point(t.row, t.rows, s.rows);
       dot(s.rows, t.rows, down + (t.expert * width + t.column) * hidden, hidden, t.columns, hidden, s.c[0], kDown);
-      for (int64_t r = 0; r < t.rows; r++)
-        round_row(s.c[0] + r * kDown, o + (t.row + r) * width + t.column, t.columns);
+      round_rows(s.c[0], kDown, o + t.row * width + t.column, width, t.rows, t.columns);
     });
   }
 
@@ -142,8 +142,7 @@ struct Layer {
       const Task& t = tasks[i];
       Rows<T>{dh, 2 * hidden}.point(t.row, t.rows, s.rows);
       times_panels(s.rows, t, gate_up + 2 * t.expert * hidden * width, 2 * hidden, width, s, s.c[0]);
-      for (int64_t r = 0; r < t.rows; r++)
-        round_row(s.c[0] + r * kWide, dx + (t.row + r) * width + t.column, t.columns);
+      round_rows(s.c[0], kWide, dx + t.row * width + t.column, width, t.rows, t.columns);
     });
   }
 

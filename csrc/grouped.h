@@ -106,11 +106,12 @@ void times_panels(const T* const* rows, const Task& t, const T* w, int64_t depth
                   Wide<T>* c) {
   for (int64_t k0 = 0; k0 < depth; k0 += kPair<T> * kDepth) {
     int64_t deep = std::min(kPair<T> * kDepth, depth - k0);
-    Rows<T>{w, width}.point(k0, deep, s.more);
+    const T* block = w + k0 * width + t.column;
+    Rows<T>{block, width}.point(0, deep, s.more);
     for (int64_t p = 0; p < t.columns; p += kPanel) {
-      pack(s.more, t.column + p, deep, std::min(kPanel, t.columns - p), kPanel, s.panel);
-      const T* next = p + kPanel < t.columns ? s.more[0] + t.column + p + kPanel : s.more[0] + deep * width + t.column;
-      outer(rows, k0, kPair<T>, t.rows, s.panel, blocks_of(deep, kPair<T>), next, width, c + p, kWide, k0 > 0);
+      pack(s.more, p, deep, std::min(kPanel, t.columns - p), kPanel, s.panel);
+      const T* next = p + kPanel < t.columns ? block + p + kPanel : block + deep * width;
+      outer<T>({rows, k0, kPair<T>}, t.rows, s.panel, blocks_of(deep, kPair<T>), {next, width}, {c + p, kWide, k0 > 0});
     }
   }
 }
@@ -119,32 +120,31 @@ void times_panels(const T* const* rows, const Task& t, const T* w, int64_t depth
 template <typename T>
 void gradient(const Rows<T>& left, const Rows<T>& right, const Task& t, Scratch<T>& s, T* dw) {
   constexpr int64_t most = kPair<T> * kDepth;
-  int64_t strip = t.rows > most ? kStrip : kPanel, width = right.width;
+  int64_t width = right.width, strip = t.rows > most ? kStrip : width;
+  T* out = dw + t.column * width;
+  bool aligned = reinterpret_cast<uintptr_t>(dw) % 64 == 0 && width * sizeof(T) % 64 == 0;
   const T* columns[kFlat];
   for (int64_t i = 0; i < kFlat; i++) columns[i] = reinterpret_cast<const T*>(s.left + i);
+  if (t.rows == 0) std::memset(out, 0, t.columns * width * sizeof(T));
   for (int64_t s0 = 0; s0 < width; s0 += strip) {
-    int64_t wide = std::min(strip, width - s0);
     for (int64_t r = 0; r < t.rows; r += most) {
       int64_t deep = std::min(most, t.rows - r);
-      if (s0 == 0 || t.rows > most) {
-        left.point(t.row + r, deep, s.rows);
-        right.point(t.row + r, deep, s.more);
-        pack(s.rows, t.column, deep, t.columns, kFlat, s.left);
+      bool last = r + deep == t.rows;
+      left.point(t.row + r, deep, s.rows);
+      right.point(t.row + r, deep, s.more);
+      pack(s.rows, t.column, deep, t.columns, kFlat, s.left);
+      for (int64_t p = s0; p < std::min(s0 + strip, width); p += kPanel) {
+        int64_t wide = std::min(kPanel, width - p);
+        bool direct = last && aligned && wide == kPanel;
+        Wide<T>* sums = s.c[0] + (strip == width ? 0 : p - s0);
+        pack(s.more, p, deep, wide, kPanel, s.panel);
+        outer<T>({columns, 0, kPair<T> * kFlat}, t.columns, s.panel, blocks_of(deep, kPair<T>), {columns[0], 0},
+                 {sums, kStrip, r > 0, direct ? out + p : nullptr, width});
+        if (last && !direct) round_rows(sums, kStrip, out + p, width, t.columns, wide);
       }
-      for (int64_t p = 0; p < wide; p += kPanel) {
-        pack(s.more, s0 + p, deep, std::min(kPanel, wide - p), kPanel, s.panel);
-        outer(columns, 0, kPair<T> * kFlat, t.columns, s.panel, blocks_of(deep, kPair<T>), columns[0], 0, s.c[0] + p,
-              strip, r > 0);
-      }
-    }
-    for (int64_t i = 0; i < t.columns; i++) {
-      T* out = dw + (t.column + i) * width + s0;
-      if (t.rows)
-        round_row(s.c[0] + i * strip, out, wide);
-      else
-        std::memset(out, 0, wide * sizeof(T));
     }
   }
+  drain();
 }
 
 }  // namespace moe_engine

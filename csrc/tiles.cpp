@@ -65,6 +65,39 @@ INLINE V multiply_add(V a, V b, V c) {
   }
 }
 
+// Write a vector; `stream` past the caches, to an address that is a multiple of its size.
+template <bool stream, typename V>
+INLINE void write(V v, void* to) {
+#if defined(__x86_64__)
+  if constexpr (stream) {
+    asm volatile("vmovntps %1, %0" : "=m"(*static_cast<V*>(to)) : "v"(v));
+    return;
+  }
+#endif
+  std::memcpy(to, &v, sizeof v);
+}
+
+// to[.] = the lanes of two vectors, rounded to nearest, ties to even; NaN stays NaN.
+template <typename T, typename M, bool stream, typename V>
+INLINE void write_rounded(V low, V high, T* to) {
+  if constexpr (!std::is_same_v<T, Bits>) {
+    write<stream>(low, to);
+    write<stream>(high, to + sizeof low / sizeof(T));
+  } else if constexpr (M::bf16) {
+    V both;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+    write<stream>(both, to);
+  } else {
+    using Half = typename Vectors<Bits, sizeof(V) / 2>::Type;
+    UNROLL for (int i = 0; i < 2; i++) {
+      V value = i ? high : low;
+      Integers<V> bits = (Integers<V>)value;
+      bits = value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+      write<false>(__builtin_convertvector(bits, Half), to + i * sizeof(Half) / sizeof(T));
+    }
+  }
+}
+
 // A vector whose lane j is a sum of two lanes of a where j has no bit `step`, of b where it has.
 template <int step, typename V>
 INLINE V merge(V a, V b) {
@@ -153,51 +186,92 @@ INLINE void dot_block(const T* const* a, int64_t m, const T* b, int64_t ld, int6
 }
 
 template <int rows, typename T, typename M>
-INLINE void outer_tile(const T* const* a, int64_t offset, int64_t step, const Word<T>* panel, int64_t depth, const T* next,
-                       int64_t stride, Wide<T>* c, int64_t ldc, bool add) {
+INLINE void outer_tile(const Left<T>& a, int64_t row, const Word<T>* panel, int64_t depth, const T* next,
+                       int64_t ld_next, const Sums<T>& c, int64_t column) {
   using V = Vector<T, M>;
   constexpr int lanes = M::bytes / sizeof(Wide<T>);
+  Wide<T>* wide = c.wide + row * c.ld + column;
   const T* left[rows];
   V sums[rows][M::vectors];
   UNROLL for (int i = 0; i < rows; i++) {
-    left[i] = a[i] + offset;
-    UNROLL for (int j = 0; j < M::vectors; j++) sums[i][j] = add ? load<V>(c + i * ldc + j * lanes) : V{};
+    left[i] = a.rows[row + i] + a.offset;
+    UNROLL for (int j = 0; j < M::vectors; j++) sums[i][j] = c.add ? load<V>(wide + i * c.ld + j * lanes) : V{};
   }
   for (int64_t k = 0; k < depth; k++) {
-    __builtin_prefetch(next + k * stride, 0, 2);
-    __builtin_prefetch(reinterpret_cast<const char*>(next + k * stride) + 64, 0, 2);
+    const T* ahead = next + k * kPair<T> * ld_next;
+    __builtin_prefetch(ahead, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(ahead) + 64, 0, 2);
     V b[M::vectors];
-    UNROLL for (int j = 0; j < M::vectors; j++) b[j] = load<V>(panel + k * kPanel + j * lanes);
+    UNROLL for (int j = 0; j < M::vectors; j++) b[j] = load<V>(panel + k * kPanel + column + j * lanes);
     UNROLL for (int i = 0; i < rows; i++) {
-      V word = spread<V>(left[i] + k * step);
+      V word = spread<V>(left[i] + k * a.step);
       UNROLL for (int j = 0; j < M::vectors; j++) sums[i][j] = multiply_add<T, M>(word, b[j], sums[i][j]);
     }
   }
   UNROLL for (int i = 0; i < rows; i++) {
-    UNROLL for (int j = 0; j < M::vectors; j++) std::memcpy(c + i * ldc + j * lanes, &sums[i][j], sizeof(V));
+    UNROLL for (int j = 0; j < M::vectors; j += 2) {
+      if (c.out) {
+        T* out = c.out + (row + i) * c.ld_out + column + j * lanes;
+        write_rounded<T, M, (M::bytes > 16)>(sums[i][j], sums[i][j + 1], out);
+      } else {
+        write_rounded<Wide<T>, M, false>(sums[i][j], sums[i][j + 1], wide + i * c.ld + j * lanes);
+      }
+    }
   }
 }
 
 template <typename T, typename M>
-INLINE void outer_block(const T* const* a, int64_t offset, int64_t step, int64_t m, const Word<T>* panel, int64_t depth,
-                        const T* next, int64_t stride, Wide<T>* c, int64_t ldc, bool add) {
+INLINE void outer_block(const Left<T>& a, int64_t m, const Word<T>* panel, int64_t depth, const Next<T>& next,
+                        const Sums<T>& c) {
   constexpr int64_t wide = M::vectors * M::bytes / sizeof(Wide<T>);
   for (int64_t i = 0; i < m; i += kTall) {
-    const T* half = next + (i / kTall % 2) * (kPair<T> > 1 ? stride : kPanel / 2);
+    // the first tile asks for half of the next panel, the second for the rest; what follows finds it in the cache
+    const T* half = next.rows + (i / kTall % 2) * (kPair<T> > 1 ? next.ld : kPanel / 2);
     for (int64_t j = 0; j < kPanel; j += wide) {
-      const Word<T>* b = panel + j;
-      Wide<T>* out = c + i * ldc + j;
       switch (m - i) {
-#define TILE(rows) outer_tile<rows, T, M>(a + i, offset, step, b, depth, half, kPair<T> * stride, out, ldc, add)
-        case 1: TILE(1); break;
-        case 2: TILE(2); break;
-        case 3: TILE(3); break;
-        case 4: TILE(4); break;
-        case 5: TILE(5); break;
-        default: TILE(kTall);
-#undef TILE
+        case 1: outer_tile<1, T, M>(a, i, panel, depth, half, next.ld, c, j); break;
+        case 2: outer_tile<2, T, M>(a, i, panel, depth, half, next.ld, c, j); break;
+        case 3: outer_tile<3, T, M>(a, i, panel, depth, half, next.ld, c, j); break;
+        case 4: outer_tile<4, T, M>(a, i, panel, depth, half, next.ld, c, j); break;
+        case 5: outer_tile<5, T, M>(a, i, panel, depth, half, next.ld, c, j); break;
+        default: outer_tile<kTall, T, M>(a, i, panel, depth, half, next.ld, c, j);
       }
     }
+  }
+}
+
+template <typename T, typename M>
+INLINE void round_block(const Wide<T>* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows, int64_t columns) {
+  using V = Vector<T, M>;
+  constexpr int64_t lanes = M::bytes / sizeof(Wide<T>);
+  for (int64_t r = 0; r < rows; r++, from += ld_from, to += ld_to) {
+    int64_t c = 0;
+    for (; c + 2 * lanes <= columns; c += 2 * lanes)
+      write_rounded<T, M, false>(load<V>(from + c), load<V>(from + c + lanes), to + c);
+    for (; c < columns; c++) narrow(from[c], to[c]);
+  }
+}
+
+// The words of one or two rows; `alone` if the second is past the end.
+INLINE void pack_word(const Bits* const* from, int64_t offset, bool alone, int64_t columns, uint32_t* to) {
+  const Bits *first = from[0] + offset, *second = from[alone ? 0 : 1] + offset;
+  for (int64_t c = 0; c < columns; c++) to[c] = first[c] | (alone ? 0 : static_cast<uint32_t>(second[c]) << 16);
+}
+template <typename T>
+INLINE void pack_word(const T* const* from, int64_t offset, bool, int64_t columns, T* to) {
+  std::memcpy(to, from[0] + offset, columns * sizeof(T));
+}
+
+template <typename T>
+INLINE void pack_block(const T* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded,
+                       Word<T>* to) {
+  for (int64_t r = 0; r < rows; r += kPair<T>, to += padded) {
+    if (r + kPair<T> <= rows && columns == kPanel) {
+      pack_word(from + r, offset, false, kPanel, to);
+    } else {
+      pack_word(from + r, offset, r + 1 == rows, columns, to);
+    }
+    for (int64_t c = columns; c < padded; c++) to[c] = 0;
   }
 }
 
@@ -205,84 +279,55 @@ template <typename T>
 struct Versions {
   decltype(&dot<T>) dot;
   decltype(&outer<T>) outer;
+  decltype(&pack<T>) pack;
+  decltype(&round_rows<T>) round_rows;
 };
 
-// A version of both products: `target` is the attribute that allows its instructions.
-#define VERSION(name, target, ...)                                                                                   \
-  template <typename T>                                                                                              \
-  target void dot_##name(const T* const* a, int64_t m, const T* b, int64_t ld, int64_t n, int64_t k, Wide<T>* c,     \
-                         int64_t ldc) {                                                                              \
-    dot_block<T, Machine<__VA_ARGS__>>(a, m, b, ld, n, k, c, ldc);                                                   \
-  }                                                                                                                  \
-  template <typename T>                                                                                              \
-  target void outer_##name(const T* const* a, int64_t offset, int64_t step, int64_t m, const Word<T>* panel,         \
-                           int64_t depth, const T* next, int64_t stride, Wide<T>* c, int64_t ldc, bool add) {        \
-    outer_block<T, Machine<__VA_ARGS__>>(a, offset, step, m, panel, depth, next, stride, c, ldc, add);               \
-  }
+// A version of each function: `allow` is the attribute that lets it use its instructions.
+#define VERSION(name, allow, ...)                                                                                     \
+  template <typename T>                                                                                               \
+  struct name {                                                                                                       \
+    using M = Machine<__VA_ARGS__>;                                                                                   \
+    allow static void dot(const T* const* a, int64_t m, const T* b, int64_t ld, int64_t n, int64_t k, Wide<T>* c,     \
+                          int64_t ldc) {                                                                              \
+      dot_block<T, M>(a, m, b, ld, n, k, c, ldc);                                                                     \
+    }                                                                                                                 \
+    allow static void outer(const Left<T>& a, int64_t m, const Word<T>* panel, int64_t depth, const Next<T>& next,    \
+                            const Sums<T>& c) {                                                                       \
+      outer_block<T, M>(a, m, panel, depth, next, c);                                                                 \
+    }                                                                                                                 \
+    allow static void pack(const T* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded,       \
+                           Word<T>* to) {                                                                             \
+      pack_block(from, offset, rows, columns, padded, to);                                                            \
+    }                                                                                                                 \
+    allow static void round_rows(const Wide<T>* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows,            \
+                                 int64_t columns) {                                                                   \
+      round_block<T, M>(from, ld_from, to, ld_to, rows, columns);                                                     \
+    }                                                                                                                 \
+    static constexpr Versions<T> all{dot, outer, pack, round_rows};                                                   \
+  };
 
-VERSION(baseline, , 16, false)
+VERSION(Baseline, , 16, false)
 #if defined(__x86_64__)
-VERSION(avx2, __attribute__((target("avx2,fma"))), 32, false)
-VERSION(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), 64, false)
-VERSION(bf16, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), 64, true)
+VERSION(Avx2, __attribute__((target("avx2,fma"))), 32, false)
+VERSION(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), 64, false)
+VERSION(Avx512Bf16, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), 64, true)
 #endif
 
 template <typename T>
-Versions<T> choose() {
+const Versions<T>& choose() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bf16") ? Versions<T>{dot_bf16<T>, outer_bf16<T>}
-                                                : Versions<T>{dot_avx512<T>, outer_avx512<T>};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {dot_avx2<T>, outer_avx2<T>};
+    return __builtin_cpu_supports("avx512bf16") ? Avx512Bf16<T>::all : Avx512<T>::all;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Avx2<T>::all;
 #endif
-  return {dot_baseline<T>, outer_baseline<T>};
+  return Baseline<T>::all;
 }
 
 template <typename T>
 const Versions<T>& version() {
-  static const Versions<T> chosen = choose<T>();
+  static const Versions<T>& chosen = choose<T>();
   return chosen;
-}
-
-INLINE void pack_word(const Bits* const* from, int64_t offset, bool alone, int64_t columns, uint32_t* to) {
-  const Bits *first = from[0] + offset, *second = from[alone ? 0 : 1] + offset;
-  for (int64_t c = 0; c < columns; c++) to[c] = first[c] | (alone ? 0 : static_cast<uint32_t>(second[c]) << 16);
-}
-template <typename T>
-INLINE void pack_word(const T* const* from, int64_t offset, bool, int64_t columns, T* to) {
-  for (int64_t c = 0; c < columns; c++) to[c] = from[0][offset + c];
-}
-
-template <typename T>
-INLINE void pack_rows(const T* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded,
-                      Word<T>* to) {
-  for (int64_t r = 0; r < rows; r += kPair<T>, to += padded) {
-    if (r + kPair<T> <= rows && columns == kPanel) {
-      pack_word(from + r, offset, false, kPanel, to);
-    } else {
-      pack_word(from + r, offset, r + 1 == rows, columns, to);
-      for (int64_t c = columns; c < padded; c++) to[c] = 0;
-    }
-  }
-}
-MULTIVERSION void pack_block(const float* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded,
-                             float* to) {
-  pack_rows(from, offset, rows, columns, padded, to);
-}
-MULTIVERSION void pack_block(const Bits* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded,
-                             uint32_t* to) {
-  pack_rows(from, offset, rows, columns, padded, to);
-}
-void pack_block(const double* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded, double* to) {
-  pack_rows(from, offset, rows, columns, padded, to);
-}
-
-MULTIVERSION void narrow_row(const float* from, Bits* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) narrow(from[i], to[i]);
-}
-template <typename T>
-void narrow_row(const T* from, T* to, int64_t count) {
-  std::memcpy(to, from, count * sizeof(T));
 }
 
 }  // namespace
@@ -293,26 +338,31 @@ void dot(const T* const* a, int64_t m, const T* b, int64_t ld, int64_t n, int64_
 }
 
 template <typename T>
-void outer(const T* const* a, int64_t offset, int64_t step, int64_t m, const Word<T>* panel, int64_t depth, const T* next,
-           int64_t stride, Wide<T>* c, int64_t ldc, bool add) {
-  version<T>().outer(a, offset, step, m, panel, depth, next, stride, c, ldc, add);
+void outer(const Left<T>& a, int64_t m, const Word<T>* panel, int64_t depth, const Next<T>& next, const Sums<T>& c) {
+  version<T>().outer(a, m, panel, depth, next, c);
 }
 
 template <typename T>
 void pack(const T* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded, Word<T>* to) {
-  pack_block(from, offset, rows, columns, padded, to);
+  version<T>().pack(from, offset, rows, columns, padded, to);
 }
 
 template <typename T>
-void round_row(const Wide<T>* from, T* to, int64_t count) {
-  narrow_row(from, to, count);
+void round_rows(const Wide<T>* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows, int64_t columns) {
+  version<T>().round_rows(from, ld_from, to, ld_to, rows, columns);
 }
 
-#define INSTANTIATE(T)                                                                                                \
-  template void dot(const T* const*, int64_t, const T*, int64_t, int64_t, int64_t, Wide<T>*, int64_t);                \
-  template void outer(const T* const*, int64_t, int64_t, int64_t, const Word<T>*, int64_t, const T*, int64_t, Wide<T>*, int64_t, bool);  \
-  template void pack(const T* const*, int64_t, int64_t, int64_t, int64_t, Word<T>*);                                  \
-  template void round_row(const Wide<T>*, T*, int64_t);
+void drain() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+#define INSTANTIATE(T)                                                                                             \
+  template void dot(const T* const*, int64_t, const T*, int64_t, int64_t, int64_t, Wide<T>*, int64_t);             \
+  template void outer(const Left<T>&, int64_t, const Word<T>*, int64_t, const Next<T>&, const Sums<T>&);           \
+  template void pack(const T* const*, int64_t, int64_t, int64_t, int64_t, Word<T>*);                               \
+  template void round_rows(const Wide<T>*, int64_t, T*, int64_t, int64_t, int64_t);
 
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -24,19 +24,45 @@ constexpr int64_t kPair = sizeof(Word<T>) / sizeof(T);  // numbers in a word
 template <typename T>
 void dot(const T* const* a, int64_t m, const T* b, int64_t ld, int64_t n, int64_t k, Wide<T>* c, int64_t ldc);
 
-// c[m][kPanel] (+)= a b over `depth` words; word w of row i of a lies at a[i] + offset + w * step. Meanwhile a block of
-// kPanel columns that starts at `next`, with rows `stride` apart, is asked for from memory.
+// The left operand of outer: word w of row i lies at rows[i] + offset + w * step.
 template <typename T>
-void outer(const T* const* a, int64_t offset, int64_t step, int64_t m, const Word<T>* panel, int64_t depth, const T* next,
-           int64_t stride, Wide<T>* c, int64_t ldc, bool add);
+struct Left {
+  const T* const* rows;
+  int64_t offset, step;
+};
+
+// Rows `ld` apart, of which kPanel columns are asked for from memory while outer computes.
+template <typename T>
+struct Next {
+  const T* rows;
+  int64_t ld;
+};
+
+// Where outer adds: to `wide`, or to nothing. It writes there, or, if there is an `out`, rounded to that and past the
+// caches: `out` and its rows are then aligned to 64 bytes, and drain() has to follow.
+template <typename T>
+struct Sums {
+  Wide<T>* wide;
+  int64_t ld;
+  bool add;
+  T* out = nullptr;
+  int64_t ld_out = 0;
+};
+
+// c[m][kPanel] (+)= a b over `depth` words
+template <typename T>
+void outer(const Left<T>& a, int64_t m, const Word<T>* panel, int64_t depth, const Next<T>& next, const Sums<T>& c);
+
+// What was written past the caches is visible to other threads from here on.
+void drain();
 
 // to[w][c] = the word of numbers from[2w][c], from[2w+1][c] (fp32, fp64: from[w][c]) for columns of rows that start
 // at from[.] + offset; 0 for rows past `rows` and for columns from `columns` to `padded`.
 template <typename T>
 void pack(const T* const* from, int64_t offset, int64_t rows, int64_t columns, int64_t padded, Word<T>* to);
 
-// to[i] = from[i] rounded
+// to[rows][columns] = from[rows][columns] rounded
 template <typename T>
-void round_row(const Wide<T>* from, T* to, int64_t count);
+void round_rows(const Wide<T>* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows, int64_t columns);
 
 }  // namespace moe_engine
