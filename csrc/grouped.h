@@ -16,7 +16,8 @@
 
 namespace moe_engine {
 
-constexpr int64_t kRows = 128;   // rows of a task
+constexpr int64_t kRows = 192;   // most rows of a task
+constexpr int64_t kEven = 12;    // rows of a task are a multiple of it, which the tiles of both products divide
 constexpr int64_t kWide = 256;   // columns of a task whose columns are packed
 constexpr int64_t kFlat = 96;    // rows of dw of a task
 constexpr int64_t kStrip = 512;  // columns of dw that are summed at once
@@ -45,13 +46,15 @@ struct Groups {
   int64_t experts() const { return start.size() - 1; }
   int64_t total() const { return start.back(); }
 
-  // Blocks of rows and columns; those that read the same weights follow each other.
+  // Blocks of rows, of nearly one size in an expert, and columns; those that read the same weights follow each other.
   std::vector<Task> blocks(int64_t width, int64_t wide) const {
     std::vector<Task> tasks;
     for (int64_t e = 0; e < experts(); e++) {
+      int64_t count = start[e + 1] - start[e], parts = blocks_of(count, kRows);
+      int64_t tall = count ? round_up(blocks_of(count, parts), kEven) : 0;
       for (int64_t column = 0; column < width; column += wide) {
-        for (int64_t row = start[e]; row < start[e + 1]; row += kRows)
-          tasks.push_back({e, row, std::min(kRows, start[e + 1] - row), column, std::min(wide, width - column)});
+        for (int64_t row = start[e]; row < start[e + 1]; row += tall)
+          tasks.push_back({e, row, std::min(tall, start[e + 1] - row), column, std::min(wide, width - column)});
       }
     }
     return tasks;
@@ -120,7 +123,8 @@ void times_panels(const T* const* rows, const Task& t, const T* w, int64_t depth
 template <typename T>
 void gradient(const Rows<T>& left, const Rows<T>& right, const Task& t, Scratch<T>& s, T* dw) {
   constexpr int64_t most = kPair<T> * kDepth;
-  int64_t width = right.width, strip = t.rows > most ? kStrip : width;
+  bool once = t.rows <= most;  // then nothing has to be kept between chunks of rows
+  int64_t width = right.width, strip = once ? width : kStrip;
   T* out = dw + t.column * width;
   bool aligned = reinterpret_cast<uintptr_t>(dw) % 64 == 0 && width * sizeof(T) % 64 == 0;
   const T* columns[kFlat];
@@ -136,7 +140,7 @@ void gradient(const Rows<T>& left, const Rows<T>& right, const Task& t, Scratch<
       for (int64_t p = s0; p < std::min(s0 + strip, width); p += kPanel) {
         int64_t wide = std::min(kPanel, width - p);
         bool direct = last && aligned && wide == kPanel;
-        Wide<T>* sums = s.c[0] + (strip == width ? 0 : p - s0);
+        Wide<T>* sums = s.c[0] + (once ? 0 : p - s0);
         pack(s.more, p, deep, wide, kPanel, s.panel);
         outer<T>({columns, 0, kPair<T> * kFlat}, t.columns, s.panel, blocks_of(deep, kPair<T>), {columns[0], 0},
                  {sums, kStrip, r > 0, direct ? out + p : nullptr, width});
