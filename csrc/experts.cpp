@@ -8,14 +8,10 @@
 #include "grouped.h"
 #include "permute.h"
 
-#include <ATen/ops/constant_pad_nd.h>
-
 namespace moe_engine {
 namespace {
 
 using at::Tensor;
-constexpr int64_t kUp = 64;     // columns of gate and of up of a task of up
-constexpr int64_t kDown = 128;  // columns of a task of down
 constexpr int64_t kLanes = 16;  // partial sums of a row
 
 // a = s silu(gate) up
@@ -87,22 +83,22 @@ struct Layer {
 
   // h and a; either may be absent
   void up(T* h, T* a) const {
-    auto tasks = groups.blocks(hidden, kUp);
+    auto tasks = groups.blocks(hidden, kNarrow);
     share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
       const Task& t = tasks[i];
       const T* w = gate_up + (2 * t.expert * hidden + t.column) * width;
       x.point(t.row, t.rows, s.rows);
-      dot(s.rows, t.rows, w, width, t.columns, width, s.c[0], kUp);
-      dot(s.rows, t.rows, w + hidden * width, width, t.columns, width, s.c[1], kUp);
+      dot(s.rows, t.rows, w, width, t.columns, width, s.c[0], kNarrow);
+      dot(s.rows, t.rows, w + hidden * width, width, t.columns, width, s.c[1], kNarrow);
       for (int64_t r = 0; r < t.rows; r++) {
-        const Wide<T>*gate = s.c[0] + r * kUp, *up = s.c[1] + r * kUp;
+        const Wide<T>*gate = s.c[0] + r * kNarrow, *up = s.c[1] + r * kNarrow;
         int64_t at = (t.row + r) * hidden + t.column;
         if (a) up_row(gate, up, weight_of(t.row + r), a + at, t.columns);
       }
       if (h) {
         for (int half = 0; half < 2; half++) {
           T* out = h + (2 * t.row + half) * hidden + t.column;
-          round_rows(s.c[half], kUp, out, 2 * hidden, t.rows, t.columns);
+          round_rows(s.c[half], kNarrow, out, 2 * hidden, t.rows, t.columns);
         }
       }
     });
@@ -110,12 +106,12 @@ struct Layer {
 
   // o = a w_down^T
   void project(const T* a, T* o) const {
-    auto tasks = groups.blocks(width, kDown);
+    auto tasks = groups.blocks(width, kNarrow);
     share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
       const Task& t = tasks[i];
       Rows<T>{a, hidden}.point(t.row, t.rows, s.rows);
-      dot(s.rows, t.rows, down + (t.expert * width + t.column) * hidden, hidden, t.columns, hidden, s.c[0], kDown);
-      round_rows(s.c[0], kDown, o + t.row * width + t.column, width, t.rows, t.columns);
+      dot(s.rows, t.rows, down + (t.expert * width + t.column) * hidden, hidden, t.columns, hidden, s.c[0], kNarrow);
+      round_rows(s.c[0], kNarrow, o + t.row * width + t.column, width, t.rows, t.columns);
     });
   }
 
@@ -125,7 +121,7 @@ struct Layer {
     share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
       const Task& t = tasks[i];
       grad.point(t.row, t.rows, s.rows);
-      times_panels(s.rows, t, down + t.expert * width * hidden, width, hidden, s, s.c[0]);
+      times_panels(s.rows, t, down + t.expert * width * hidden, width, hidden, s);
       for (int64_t r = t.row; r < t.row + t.rows; r++) {
         int64_t at = 2 * r * hidden + t.column;
         dweight[r * blocks_of(hidden, kWide) + t.column / kWide] =
@@ -141,7 +137,7 @@ struct Layer {
     share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
       const Task& t = tasks[i];
       Rows<T>{dh, 2 * hidden}.point(t.row, t.rows, s.rows);
-      times_panels(s.rows, t, gate_up + 2 * t.expert * hidden * width, 2 * hidden, width, s, s.c[0]);
+      times_panels(s.rows, t, gate_up + 2 * t.expert * hidden * width, 2 * hidden, width, s);
       round_rows(s.c[0], kWide, dx + t.row * width + t.column, width, t.rows, t.columns);
     });
   }
@@ -199,10 +195,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(const Tensor& grad_,
                                                             const Tensor& h_, bool need_x, bool need_matrices) {
   Tensor x = x_.contiguous(), weight = weight_.contiguous(), gate_up = gate_up_.contiguous();
   Tensor down = down_.contiguous(), assignment = assignment_.contiguous(), h = h_.contiguous();
+  Tensor grad = whole_words(grad_);
   int64_t rows = assignment.size(0), width = x.size(1), hidden = down.size(2), k = row_of.size(1);
-  // a word of bf16 may not reach into the next token
-  Tensor grad = grad_.scalar_type() == at::kBFloat16 && width % 2 ? at::constant_pad_nd(grad_, {0, 1}, 0)
-                                                                  : grad_.contiguous();
   Groups groups(counts, rows);
   Tensor none = at::empty({0}, x.options()), dx = none, dweight, dw_gate_up = none, dw_down = none;
   by_dtype(x.scalar_type(), "experts_backward", [&](auto zero) {

@@ -9,6 +9,8 @@
 
 #include "tiles.h"
 
+#include <ATen/ops/constant_pad_nd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -18,8 +20,9 @@ namespace moe_engine {
 
 constexpr int64_t kRows = 192;   // most rows of a task
 constexpr int64_t kEven = 12;    // rows of a task are a multiple of it, which the tiles of both products divide
-constexpr int64_t kWide = 256;   // columns of a task whose columns are packed
-constexpr int64_t kFlat = 96;    // rows of dw of a task
+constexpr int64_t kNarrow = 128; // columns of a task of dot
+constexpr int64_t kWide = 256;   // columns of a task of times_panels
+constexpr int64_t kFlat = 96;    // rows of dw of a task of gradient
 constexpr int64_t kStrip = 512;  // columns of dw that are summed at once
 
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
@@ -103,10 +106,15 @@ void share(int64_t count, const Function& task) {
   });
 }
 
-// c[rows][kWide] = the task's rows, `depth` long, times the task's columns of w[depth][width]
+// Contiguous rows for times_panels: none may end in half a word of bf16, the other half of which would be the next row.
+inline at::Tensor whole_words(const at::Tensor& rows) {
+  bool odd = rows.scalar_type() == at::kBFloat16 && rows.size(1) % 2;
+  return odd ? at::constant_pad_nd(rows, {0, 1}) : rows.contiguous();
+}
+
+// s.c[0][rows][kWide] = rows, `depth` long, times the task's columns of w[depth][width]
 template <typename T>
-void times_panels(const T* const* rows, const Task& t, const T* w, int64_t depth, int64_t width, Scratch<T>& s,
-                  Wide<T>* c) {
+void times_panels(const T* const* rows, const Task& t, const T* w, int64_t depth, int64_t width, Scratch<T>& s) {
   for (int64_t k0 = 0; k0 < depth; k0 += kPair<T> * kDepth) {
     int64_t deep = std::min(kPair<T> * kDepth, depth - k0);
     const T* block = w + k0 * width + t.column;
@@ -114,7 +122,7 @@ void times_panels(const T* const* rows, const Task& t, const T* w, int64_t depth
     for (int64_t p = 0; p < t.columns; p += kPanel) {
       pack(s.more, p, deep, std::min(kPanel, t.columns - p), kPanel, s.panel);
       const T* next = p + kPanel < t.columns ? block + p + kPanel : block + deep * width;
-      outer<T>({rows, k0, kPair<T>}, t.rows, s.panel, blocks_of(deep, kPair<T>), {next, width}, {c + p, kWide, k0 > 0});
+      outer<T>({rows, k0, kPair<T>}, t.rows, s.panel, blocks_of(deep, kPair<T>), {next, width}, {s.c[0] + p, kWide, k0 > 0});
     }
   }
 }
