@@ -1,12 +1,15 @@
 // experts on CPU. See moe_engine/ops/experts. Tasks are (expert, block of its rows, block of columns); tokens are
 // gathered by pointer, and what follows a product is done on its block while that is in the cache:
 //
-//   up        g, u = x w_gate_up^T     -> h, a = s silu(g) u
-//   down      o = a w_down^T           -> y[t] = sum of o over the token's rows
-//   hidden    da = dy w_down           -> dg, du = dSwiGLU(s da), s a, and the block's part of dweight
-//   gradients dw_down = dy^T s a, dw_gate_up = (dg, du)^T x, dx = (dg, du) w_gate_up
+//   up          g, u = x w_gate_up^T          -> h = (g, u), a = s silu(g) u
+//   down        o = a w_down^T                -> y[t] = sum of o over the token's rows
+//   hidden      da = dy w_down                -> dh = dSwiGLU(s da), a, and the block's part of dweight
+//   matrices    dw_down = dy^T a, dw_gate_up = dh^T x
+//   tokens      dh w_gate_up                  -> dx[t], the sum over the token's rows
 #include "grouped.h"
 #include "permute.h"
+
+#include <ATen/ops/empty_like.h>
 
 namespace moe_engine {
 namespace {
@@ -21,7 +24,7 @@ INLINE void activate(const Wide<T>* __restrict gate, const Wide<T>* __restrict u
   for (int64_t i = 0; i < count; i++) narrow(s * gate[i] / (1 + fast_exp(-gate[i])) * up[i], a[i]);
 }
 
-// a = s silu(gate) up, the gradients of gate and up for that of a / s, and da <- da a / s.
+// a = s silu(gate) up, the gradients of gate and up where that of a is da, and da <- da silu(gate) up.
 template <typename T>
 INLINE void differentiate(Wide<T>* __restrict da, const T* __restrict gate, const T* __restrict up, Wide<T> s,
                           T* __restrict grad_gate, T* __restrict grad_up, T* __restrict a, int64_t count) {
@@ -75,53 +78,49 @@ template <typename T>
 struct Layer {
   Rows<T> x;
   const Wide<T>* weight;
-  const T *gate_up, *down;
+  const T *w_gate_up, *w_down;
   int64_t width, hidden;
   const Groups& groups;
 
   Wide<T> weight_of(int64_t row) const { return weight[x.assignment[row]]; }
 
-  // h and a; either may be absent
+  // h and a, or one of them
   void up(T* h, T* a) const {
     auto tasks = groups.blocks(hidden, kNarrow);
     share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
       const Task& t = tasks[i];
-      const T* w = gate_up + (2 * t.expert * hidden + t.column) * width;
+      const T* w = w_gate_up + (2 * t.expert * hidden + t.column) * width;
       x.point(t.row, t.rows, s.rows);
       dot(s.rows, t.rows, w, width, t.columns, width, s.c[0], kNarrow);
       dot(s.rows, t.rows, w + hidden * width, width, t.columns, width, s.c[1], kNarrow);
-      for (int64_t r = 0; r < t.rows; r++) {
-        const Wide<T>*gate = s.c[0] + r * kNarrow, *up = s.c[1] + r * kNarrow;
-        int64_t at = (t.row + r) * hidden + t.column;
-        if (a) up_row(gate, up, weight_of(t.row + r), a + at, t.columns);
+      for (int64_t r = 0; a && r < t.rows; r++) {
+        up_row(s.c[0] + r * kNarrow, s.c[1] + r * kNarrow, weight_of(t.row + r),
+               a + (t.row + r) * hidden + t.column, t.columns);
       }
-      if (h) {
-        for (int half = 0; half < 2; half++) {
-          T* out = h + (2 * t.row + half) * hidden + t.column;
-          round_rows(s.c[half], kNarrow, out, 2 * hidden, t.rows, t.columns);
-        }
+      for (int64_t half = 0; h && half < 2; half++) {
+        round_rows(s.c[half], kNarrow, h + (2 * t.row + half) * hidden + t.column, 2 * hidden, t.rows, t.columns);
       }
     });
   }
 
-  // o = a w_down^T
-  void project(const T* a, T* o) const {
+  // o
+  void down(const T* a, T* o) const {
     auto tasks = groups.blocks(width, kNarrow);
     share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
       const Task& t = tasks[i];
       Rows<T>{a, hidden}.point(t.row, t.rows, s.rows);
-      dot(s.rows, t.rows, down + (t.expert * width + t.column) * hidden, hidden, t.columns, hidden, s.c[0], kNarrow);
+      dot(s.rows, t.rows, w_down + (t.expert * width + t.column) * hidden, hidden, t.columns, hidden, s.c[0], kNarrow);
       round_rows(s.c[0], kNarrow, o + t.row * width + t.column, width, t.rows, t.columns);
     });
   }
 
-  // dh, s a, and dweight of each row in blocks of kWide columns
-  void differentiate_hidden(const Rows<T>& grad, const T* h, T* dh, T* a, Wide<T>* dweight) const {
+  // dh, a, and the part of each block of kWide columns in dweight
+  void backward_hidden(const Rows<T>& grad, const T* h, T* dh, T* a, Wide<T>* dweight) const {
     auto tasks = groups.blocks(hidden, kWide);
     share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
       const Task& t = tasks[i];
       grad.point(t.row, t.rows, s.rows);
-      times_panels(s.rows, t, down + t.expert * width * hidden, width, hidden, s);
+      times_panels(s.rows, t, w_down + t.expert * width * hidden, width, hidden, s);
       for (int64_t r = t.row; r < t.row + t.rows; r++) {
         int64_t at = 2 * r * hidden + t.column;
         dweight[r * blocks_of(hidden, kWide) + t.column / kWide] =
@@ -131,18 +130,18 @@ struct Layer {
     });
   }
 
-  // The rows of dx
-  void differentiate_x(const T* dh, T* dx) const {
+  // The rows of which dx is the sum
+  void backward_tokens(const T* dh, T* dx) const {
     auto tasks = groups.blocks(width, kWide);
     share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
       const Task& t = tasks[i];
       Rows<T>{dh, 2 * hidden}.point(t.row, t.rows, s.rows);
-      times_panels(s.rows, t, gate_up + 2 * t.expert * hidden * width, 2 * hidden, width, s);
+      times_panels(s.rows, t, w_gate_up + 2 * t.expert * hidden * width, 2 * hidden, width, s);
       round_rows(s.c[0], kWide, dx + t.row * width + t.column, width, t.rows, t.columns);
     });
   }
 
-  void differentiate_matrices(const Rows<T>& grad, const T* dh, const T* a, T* dw_gate_up, T* dw_down) const {
+  void backward_matrices(const Rows<T>& grad, const T* dh, const T* a, T* dw_gate_up, T* dw_down) const {
     auto first = groups.strips(width, kFlat), second = groups.strips(2 * hidden, kFlat);
     int64_t firsts = first.size();
     share<T>(firsts + second.size(), [&](int64_t i, Scratch<T>& s) {
@@ -169,7 +168,7 @@ std::tuple<Tensor, Tensor> experts(const Tensor& x_, const Tensor& weight_, cons
                    data<T>(gate_up), data<T>(down), width, hidden, groups};
     Tensor a = empty({groups.total(), hidden}, x.options()), o = empty({rows, width}, x.options());
     layer.up(keep_h ? output<T>(h) : nullptr, output<T>(a));
-    layer.project(data<T>(a), output<T>(o));
+    layer.down(data<T>(a), output<T>(o));
     o.slice(0, groups.total()).zero_();
     y = unpermute(o, assignment, row_of);
   });
@@ -198,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(const Tensor& grad_,
   Tensor grad = whole_words(grad_);
   int64_t rows = assignment.size(0), width = x.size(1), hidden = down.size(2), k = row_of.size(1);
   Groups groups(counts, rows);
-  Tensor none = at::empty({0}, x.options()), dx = none, dweight, dw_gate_up = none, dw_down = none;
+  Tensor dx = at::empty({0}, x.options()), dw_gate_up = at::empty_like(dx), dw_down = at::empty_like(dx), dweight;
   by_dtype(x.scalar_type(), "experts_backward", [&](auto zero) {
     using T = decltype(zero);
     const int32_t* order = data<int32_t>(assignment);
@@ -211,16 +210,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(const Tensor& grad_,
     }
     Tensor dh = empty({rows, 2 * hidden}, x.options()), a = empty({rows, hidden}, x.options());
     Tensor parts = empty({rows, blocks_of(hidden, kWide)}, weight.options());
-    layer.differentiate_hidden(grads, data<T>(h), output<T>(dh), output<T>(a), output<Wide<T>>(parts));
+    layer.backward_hidden(grads, data<T>(h), output<T>(dh), output<T>(a), output<Wide<T>>(parts));
     dweight = weight_gradient<T>(parts, row_of, groups.total());
     if (need_matrices) {
       dw_gate_up = empty(gate_up.sizes(), x.options());
       dw_down = empty(down.sizes(), x.options());
-      layer.differentiate_matrices(grads, data<T>(dh), data<T>(a), output<T>(dw_gate_up), output<T>(dw_down));
+      layer.backward_matrices(grads, data<T>(dh), data<T>(a), output<T>(dw_gate_up), output<T>(dw_down));
     }
+    a.reset();
     if (need_x) {
       Tensor rows_of_dx = empty({rows, width}, x.options());
-      layer.differentiate_x(data<T>(dh), output<T>(rows_of_dx));
+      layer.backward_tokens(data<T>(dh), output<T>(rows_of_dx));
       rows_of_dx.slice(0, groups.total()).zero_();
       dx = unpermute(rows_of_dx, assignment, row_of);
     }

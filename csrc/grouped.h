@@ -1,10 +1,10 @@
 // What grouped_mm and experts share: where the experts' rows lie, how threads divide the work, and the three products
-// of a task. A weight is read where it lies, once for each kRows rows of its expert; each output has one writer, and
-// the order of its sum does not depend on the number of threads.
+// of a task. A weight is read where it lies, once for each kRows rows of its expert, and never copied whole; each
+// output has one writer, and the order of its sum does not depend on the number of threads.
 //
-//   dot            c = rows w^T               csrc/tiles.h: w and rows are read in place
-//   times_panels   c = rows w                 the task packs its columns of w
-//   gradient       dw = left^T right          the task packs its columns of both, sums all rows of the expert
+//   dot            c = rows w^T         csrc/tiles.h: rows and w are read in place
+//   times_panels   c = rows w           w is packed panel by panel, each of which a core keeps while it meets all rows
+//   gradient       dw = left^T right    both are packed; dw is written once, past the caches
 #pragma once
 
 #include "tiles.h"
@@ -18,12 +18,12 @@
 
 namespace moe_engine {
 
-constexpr int64_t kRows = 192;   // most rows of a task
-constexpr int64_t kEven = 12;    // rows of a task are a multiple of it, which the tiles of both products divide
-constexpr int64_t kNarrow = 128; // columns of a task of dot
-constexpr int64_t kWide = 256;   // columns of a task of times_panels
-constexpr int64_t kFlat = 96;    // rows of dw of a task of gradient
-constexpr int64_t kStrip = 512;  // columns of dw that are summed at once
+constexpr int64_t kRows = 192;    // most rows of a task
+constexpr int64_t kEven = 12;     // the size of an expert's blocks of rows is a multiple of it, as the tiles divide it
+constexpr int64_t kNarrow = 128;  // columns of a task of dot
+constexpr int64_t kWide = 256;    // columns of a task of times_panels
+constexpr int64_t kFlat = 96;     // rows of dw of a task of gradient
+constexpr int64_t kStrip = 512;   // columns of dw that are summed at once over more rows than a panel holds
 
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 inline int64_t round_up(int64_t size, int64_t multiple) { return blocks_of(size, multiple) * multiple; }
@@ -122,7 +122,8 @@ void times_panels(const T* const* rows, const Task& t, const T* w, int64_t depth
     for (int64_t p = 0; p < t.columns; p += kPanel) {
       pack(s.more, p, deep, std::min(kPanel, t.columns - p), kPanel, s.panel);
       const T* next = p + kPanel < t.columns ? block + p + kPanel : block + deep * width;
-      outer<T>({rows, k0, kPair<T>}, t.rows, s.panel, blocks_of(deep, kPair<T>), {next, width}, {s.c[0] + p, kWide, k0 > 0});
+      outer<T>({rows, k0, kPair<T>}, t.rows, s.panel, blocks_of(deep, kPair<T>), {next, width},
+               {s.c[0] + p, kWide, k0 > 0});
     }
   }
 }
@@ -131,7 +132,7 @@ void times_panels(const T* const* rows, const Task& t, const T* w, int64_t depth
 template <typename T>
 void gradient(const Rows<T>& left, const Rows<T>& right, const Task& t, Scratch<T>& s, T* dw) {
   constexpr int64_t most = kPair<T> * kDepth;
-  bool once = t.rows <= most;  // then nothing has to be kept between chunks of rows
+  bool once = t.rows <= most;  // otherwise sums wait for the next chunk of rows
   int64_t width = right.width, strip = once ? width : kStrip;
   T* out = dw + t.column * width;
   bool aligned = reinterpret_cast<uintptr_t>(dw) % 64 == 0 && width * sizeof(T) % 64 == 0;

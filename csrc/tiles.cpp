@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-// Vectors wider than the baseline's are arguments of inlined functions only.
+// Wide vectors are arguments of inlined functions only, so that there is no ABI to warn of.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #define UNROLL _Pragma("GCC unroll 32")
 
@@ -143,11 +143,14 @@ struct DotTile {
       step(left, right, 0, sums);
     }
     fold<lanes / 2>(sums);
-    UNROLL for (int i = 0; i < rows; i++) {
-      UNROLL for (int j = 0; j < columns; j++) {
-        c[i * ldc + j] = sums[0][i * columns + j] + (add ? c[i * ldc + j] : 0);
-      }
+    constexpr size_t line = columns * sizeof(Wide<T>);
+    alignas(V) Wide<T> tile[rows][columns];
+    if (add) {
+      UNROLL for (int i = 0; i < rows; i++) std::memcpy(tile[i], c + i * ldc, line);
+      sums[0] += load<V>(tile);
     }
+    std::memcpy(tile, sums, sizeof tile);
+    UNROLL for (int i = 0; i < rows; i++) std::memcpy(c + i * ldc, tile[i], line);
   }
 
   static INLINE void step(const T* const* left, const T* const* right, int64_t at, V* sums) {

@@ -1,7 +1,7 @@
 // Products of blocks of matrices whose sums stay in registers, compiled for several instruction sets in tiles.cpp.
 //
-//   dot     c[i][j] (+)= sum_k a[i][k] b[j][k]     both matrices are read where they lie, whatever their row lengths
-//   outer   c[i][j] (+)= sum_k a[i][k] b[k][j]     b is a panel: kPanel columns packed by pack_panel, zeros past the end
+//   dot     c[i][j]    = sum_k a[i][k] b[j][k]     both matrices are read where they lie
+//   outer   c[i][j] (+)= sum_k a[i][k] b[k][j]     b is a panel: kPanel columns, packed, with zeros past the end
 //
 // T is fp32, fp64 or bf16 (Bits), sums are Wide<T>. bf16 is multiplied in words, two numbers that are neighbours along
 // k: one instruction where the processor has AVX512-BF16, two fp32 products elsewhere. Left operands are given by
@@ -20,7 +20,7 @@ using Word = std::conditional_t<std::is_same_v<T, Bits>, uint32_t, T>;
 template <typename T>
 constexpr int64_t kPair = sizeof(Word<T>) / sizeof(T);  // numbers in a word
 
-// c[m][n] = a b^T, with b[n][k] and rows of b `ld` apart. c has room for m and n rounded up to multiples of 4.
+// c[m][n] = a b^T, with b[n][k], rows `ld` apart. c has room for m and n rounded up to multiples of 4.
 template <typename T>
 void dot(const T* const* a, int64_t m, const T* b, int64_t ld, int64_t n, int64_t k, Wide<T>* c, int64_t ldc);
 

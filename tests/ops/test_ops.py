@@ -79,15 +79,21 @@ def test_kernels_refuse_experts_and_counts_out_of_range() -> None:
 
 
 @pytest.mark.skipif(not ops.compiled, reason="moe_engine._C was not built")
-def test_bf16_grouped_mm_does_not_depend_on_the_number_of_threads() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, w = torch.randn(300, 128).bfloat16().requires_grad_(), torch.randn(6, 320, 128).bfloat16().requires_grad_()
-    counts = torch.tensor([100, 0, 17, 130, 1, 40], dtype=torch.int32)
+    index = torch.randint(6, (150, 2)).masked_fill(torch.rand(150, 2) < 0.5, 4).int()
+    counts, *orders = ops.sort_by_expert(index, 6)
+    shapes = [(150, 128), (6, 640, 128), (6, 128, 320)]
+    x, gate_up, down = (torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
+    weight = torch.rand(150, 2).requires_grad_()
     before, results = torch.get_num_threads(), []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        y = ops.grouped_mm(x, w, counts)
-        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, w))])
+        rows = ops.grouped_mm(ops.permute(x, *orders), gate_up, counts)
+        y = ops.experts(x, weight, gate_up, down, counts, *orders)
+        loss = y.float().square().sum() + rows.float().square().sum()
+        results.append([y.detach(), rows.detach(), *torch.autograd.grad(loss, (x, weight, gate_up, down))])
     torch.set_num_threads(before)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)

@@ -1,5 +1,5 @@
 """Cases of experts: odd sizes, 1 to 128 experts, k from 1 to 8, experts without rows, one expert for all, dropped rows,
-no token, h kept and computed again."""
+no token, h kept and computed again, more rows or wider ones than a kernel takes at once."""
 
 import torch
 
