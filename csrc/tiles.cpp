@@ -6,8 +6,6 @@
 
 #include <algorithm>
 
-// Wide vectors are arguments of inlined functions only, so that there is no ABI to warn of.
-#pragma GCC diagnostic ignored "-Wpsabi"
 #define UNROLL _Pragma("GCC unroll 32")
 
 namespace moe_engine {
