@@ -17,22 +17,22 @@ namespace {
 using at::Tensor;
 constexpr int64_t kLanes = 16;  // partial sums of a row
 
-// a = s silu(gate) up
-template <typename T>
-INLINE void activate(const Wide<T>* __restrict gate, const Wide<T>* __restrict up, Wide<T> s, T* __restrict a,
-                     int64_t count) {
-  for (int64_t i = 0; i < count; i++) narrow(s * gate[i] / (1 + fast_exp(-gate[i])) * up[i], a[i]);
+// gate <- s silu(gate) up
+template <typename W>
+INLINE void activate(W* __restrict gate, const W* __restrict up, W s, int64_t count) {
+  for (int64_t i = 0; i < count; i++) gate[i] *= s / (1 + fast_exp(-gate[i])) * up[i];
 }
 
-// a = s silu(gate) up, the gradients of gate and up where that of a is da, and da <- da silu(gate) up.
-template <typename T>
-INLINE void differentiate(Wide<T>* __restrict da, const T* __restrict gate, const T* __restrict up, Wide<T> s,
-                          T* __restrict grad_gate, T* __restrict grad_up, T* __restrict a, int64_t count) {
+// a = s silu(gate) up, the gradients of gate and up where that of a is da, and da <- da silu(gate) up. What is rounded
+// is rounded later: conversions to bf16 inside would halve the speed of the loop.
+template <typename T, typename W>
+INLINE void differentiate(W* __restrict da, const T* __restrict gate, const T* __restrict up, W s,
+                          W* __restrict grad_gate, W* __restrict grad_up, W* __restrict a, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
-    Wide<T> g = widen(gate[i]), u = widen(up[i]), sigmoid = 1 / (1 + fast_exp(-g)), silu = g * sigmoid, d = s * da[i];
-    narrow(d * u * sigmoid * (1 + g * (1 - sigmoid)), grad_gate[i]);
-    narrow(d * silu, grad_up[i]);
-    narrow(s * silu * u, a[i]);
+    W g = widen(gate[i]), u = widen(up[i]), sigmoid = 1 / (1 + fast_exp(-g)), silu = g * sigmoid, d = s * da[i];
+    grad_gate[i] = d * u * sigmoid * (1 + g * (1 - sigmoid));
+    grad_up[i] = d * silu;
+    a[i] = s * silu * u;
     da[i] *= silu * u;
   }
 }
@@ -49,21 +49,16 @@ INLINE W sum(const W* row, int64_t count) {
   return total;
 }
 
-MULTIVERSION void up_row(const float* gate, const float* up, float s, float* a, int64_t n) {
-  activate(gate, up, s, a, n);
-}
-MULTIVERSION void up_row(const float* gate, const float* up, float s, Bits* a, int64_t n) {
-  activate(gate, up, s, a, n);
-}
-void up_row(const double* gate, const double* up, double s, double* a, int64_t n) { activate(gate, up, s, a, n); }
+MULTIVERSION void up_row(float* gate, const float* up, float s, int64_t n) { activate(gate, up, s, n); }
+void up_row(double* gate, const double* up, double s, int64_t n) { activate(gate, up, s, n); }
 
 MULTIVERSION float hidden_row(float* da, const float* gate, const float* up, float s, float* grad_gate, float* grad_up,
                               float* a, int64_t n) {
   differentiate(da, gate, up, s, grad_gate, grad_up, a, n);
   return sum(da, n);
 }
-MULTIVERSION float hidden_row(float* da, const Bits* gate, const Bits* up, float s, Bits* grad_gate, Bits* grad_up,
-                              Bits* a, int64_t n) {
+MULTIVERSION float hidden_row(float* da, const Bits* gate, const Bits* up, float s, float* grad_gate, float* grad_up,
+                              float* a, int64_t n) {
   differentiate(da, gate, up, s, grad_gate, grad_up, a, n);
   return sum(da, n);
 }
@@ -93,13 +88,13 @@ struct Layer {
       x.point(t.row, t.rows, s.rows);
       dot(s.rows, t.rows, w, width, t.columns, width, s.c[0], kNarrow);
       dot(s.rows, t.rows, w + hidden * width, width, t.columns, width, s.c[1], kNarrow);
-      for (int64_t r = 0; a && r < t.rows; r++) {
-        up_row(s.c[0] + r * kNarrow, s.c[1] + r * kNarrow, weight_of(t.row + r),
-               a + (t.row + r) * hidden + t.column, t.columns);
-      }
       for (int64_t half = 0; h && half < 2; half++) {
         round_rows(s.c[half], kNarrow, h + (2 * t.row + half) * hidden + t.column, 2 * hidden, t.rows, t.columns);
       }
+      if (!a) return;
+      for (int64_t r = 0; r < t.rows; r++)
+        up_row(s.c[0] + r * kNarrow, s.c[1] + r * kNarrow, weight_of(t.row + r), t.columns);
+      round_rows(s.c[0], kNarrow, a + t.row * hidden + t.column, hidden, t.rows, t.columns);
     });
   }
 
@@ -121,11 +116,14 @@ struct Layer {
       const Task& t = tasks[i];
       grad.point(t.row, t.rows, s.rows);
       times_panels(s.rows, t, w_down + t.expert * width * hidden, width, hidden, s);
+      Wide<T>*grad_gate = s.c[1], *grad_up = s.c[1] + kWide, *activation = s.c[1] + 2 * kWide;
       for (int64_t r = t.row; r < t.row + t.rows; r++) {
-        int64_t at = 2 * r * hidden + t.column;
-        dweight[r * blocks_of(hidden, kWide) + t.column / kWide] =
-            hidden_row(s.c[0] + (r - t.row) * kWide, h + at, h + at + hidden, weight_of(r), dh + at, dh + at + hidden,
-                       a + r * hidden + t.column, t.columns);
+        int64_t gate = 2 * r * hidden + t.column, up = gate + hidden;
+        dweight[r * blocks_of(hidden, kWide) + t.column / kWide] = hidden_row(
+            s.c[0] + (r - t.row) * kWide, h + gate, h + up, weight_of(r), grad_gate, grad_up, activation, t.columns);
+        round_rows(grad_gate, kWide, dh + gate, hidden, 1, t.columns);
+        round_rows(grad_up, kWide, dh + up, hidden, 1, t.columns);
+        round_rows(activation, kWide, a + r * hidden + t.column, hidden, 1, t.columns);
       }
     });
   }

@@ -11,7 +11,7 @@
 namespace moe_engine {
 namespace {
 
-constexpr int64_t kSpan = 2048;  // bytes along k of the rows that dot keeps in the first-level cache
+constexpr int64_t kSpan = 3072;  // most bytes along k of the rows that dot keeps in the first-level cache
 constexpr int64_t kNear = 8;     // rows of b that stay there
 constexpr int kTall = 6;         // rows of a tile of outer
 
@@ -168,7 +168,9 @@ template <typename T, typename M>
 INLINE void dot_block(const T* const* a, int64_t m, const T* b, int64_t ld, int64_t n, int64_t k, Wide<T>* c,
                       int64_t ldc) {
   using Tile = DotTile<T, M>;
-  constexpr int64_t span = kSpan / sizeof(T);
+  constexpr int64_t line = 64 / sizeof(T), most = kSpan / sizeof(T);
+  int64_t spans = std::max<int64_t>(1, (k + most - 1) / most), even = (k + spans - 1) / spans;
+  int64_t span = (even + line - 1) / line * line;
   for (int64_t k0 = 0; k0 < k; k0 += span) {
     for (int64_t j0 = 0; j0 < n; j0 += kNear) {
       const T *near[kNear], *next = b + (j0 + kNear) * ld + k0;
