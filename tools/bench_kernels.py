@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(options.threads)
     machine = {
-        "device": device_name(device), "platform": platform.platform(), "threads": options.threads,
+        "device": device_name(device), "platform": f"{platform.system()} {platform.machine()}", "threads": options.threads,
         "date": datetime.date.today().isoformat(), "repeats": options.repeats, "versions": versions(),
     }  # fmt: skip
     absent = {peer.name: peer.install for peer in PEERS if not peer.installed}
