@@ -203,8 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(options.threads)
     machine = {
-        "device": device_name(device), "platform": f"{platform.system()} {platform.machine()}", "threads": options.threads,
-        "date": datetime.date.today().isoformat(), "repeats": options.repeats, "versions": versions(),
+        "device": device_name(device), "platform": f"{platform.system()} {platform.machine()}",
+        "threads": options.threads, "date": datetime.date.today().isoformat(), "repeats": options.repeats,
+        "versions": versions(),
     }  # fmt: skip
     absent = {peer.name: peer.install for peer in PEERS if not peer.installed}
     print(f"{machine['device']}, torch {torch.__version__}, {options.threads} threads")
