@@ -212,7 +212,8 @@ def main() -> int:
     parser.add_argument(
         "--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16", "float32"]
     )
-    parser.add_argument("--ops", nargs="*", default=[], help="names of op folders; all by default")
+    folders = sorted(path.parent.name for path in (ROOT / "moe_engine" / "ops").glob("*/triton.py"))
+    parser.add_argument("--ops", nargs="*", choices=folders, default=[], help="names of op folders; all by default")
     parser.add_argument(
         "--sizes", type=int, nargs=5, metavar=("TOKENS", "D", "F", "EXPERTS", "K"), default=[512, 1024, 512, 256, 8],
         help="sizes to compile for; Triton tells apart 1, multiples of 16, and the rest (default: 512 1024 512 256 8)",
