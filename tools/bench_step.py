@@ -1,25 +1,30 @@
 """One training step against a peer, on this machine: `python tools/bench_step.py --peer transformers`
 
-The same 4-layer Mixtral (512 wide, vocabulary 8,192, 4 x 512 tokens a step) is trained by the engine and by the peer in
-one process, step by step in turn: forward, backward, clipping, AdamW. transformers runs each of its experts'
-implementations, and the fastest counts. In bf16 the engine steps fp32 master weights; transformers, as it comes, has
-none. Printed are medians, the ratio to the peer, and the share of a matrix product's ceiling measured in the same run.
+The same 4-layer Mixtral (512 wide, vocabulary 8,192, 4 x 512 tokens a step) is trained by the engine and by the peer,
+each in a process of its own, step by step in turn: forward, backward, clipping, AdamW. transformers runs each of its
+experts' implementations, and the fastest counts. In bf16 the engine steps fp32 master weights; transformers, as it
+comes, has none. Printed are medians, the ratio to the peer, and the share of a matrix product's ceiling measured in the
+same run.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 SEQUENCES, LENGTH, LAYERS, VOCAB = 4, 512, 4, 8192
+OURS, WARM_UP = "moe_engine", 2
 
 
 class Shape(NamedTuple):
@@ -115,41 +120,80 @@ def transformers_step(shape: Shape, precision: str, device, experts: str) -> Cal
     return step
 
 
-def timed_in_turn(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, taken in turn so that a slow moment of the machine hits all of them."""
+class Contender:
+    """A process that trains one of the models, a step whenever it is told to."""
+
+    def __init__(self, name: str, shape: Shape, precision: str, threads: int):
+        self.name = name
+        self.pipe, there = multiprocessing.Pipe()
+        arguments = (there, name, shape, precision, threads)
+        self.process = multiprocessing.get_context("spawn").Process(target=contend, args=arguments, daemon=True)
+        self.process.start()
+        there.close()
+
+    def ask(self, what: Literal["step", "ceiling"]) -> float:
+        """Seconds of a step, or FLOP/s of a matrix product."""
+        self.pipe.send(what)
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{self.name} stopped; what it printed says why") from None
+
+    def stop(self) -> None:
+        self.pipe.send("stop")
+        self.process.join()
+
+
+def contend(pipe: Connection, name: str, shape: Shape, precision: Literal["fp32", "bf16"], threads: int) -> None:
+    """What a contender's process does: build the model, then answer."""
+    os.environ.update(LOCAL_RANK="0", OMP_NUM_THREADS=str(threads))
+
     import torch
+    import torch.distributed as dist
 
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat >= 2:  # the first two warm up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def bench(shape: Shape, precision: Literal["fp32", "bf16"], repeats: int) -> list[Result]:
-    """The engine's row, then the peer's implementations."""
-    import torch
-
-    from moe_engine.model.flops import step_flops_per_token
     from moe_engine.parallel.mesh import Mesh
+    from moe_engine.train.host_memory import keep_freed_memory
     from moe_engine.train.peak import measured_ceiling
 
+    torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {"moe_engine": our_step(shape, precision, device)}
-    for experts in ("eager", "grouped_mm"):
-        if not (experts == "eager" and shape.experts > 16):  # its loop over 64 experts is never the fastest
-            steps[f"transformers {experts}"] = transformers_step(shape, precision, device, experts)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    ceiling = max(measured_ceiling(device, dtype, Mesh(), 0.5) for _ in range(3))
-    seconds = timed_in_turn(steps, repeats)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if name == OURS:
+        keep_freed_memory()
+        step = our_step(shape, precision, device)
+    else:
+        step = transformers_step(shape, precision, device, name.split()[1])
+    while (what := pipe.recv()) != "stop":
+        if what == "ceiling":
+            pipe.send(measured_ceiling(device, dtype, Mesh(), 0.5))
+            continue
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        pipe.send(time.perf_counter() - start)
+    dist.destroy_process_group()
+
+
+def bench(shape: Shape, precision: Literal["fp32", "bf16"], repeats: int, threads: int) -> list[Result]:
+    """The engine's row, then the peer's implementations. In turn: a slow moment of the machine hits all of them."""
+    from moe_engine.model.flops import step_flops_per_token
+
+    implementations = ["eager"] * (shape.experts <= 16) + ["grouped_mm"]  # a loop over 64 experts is never the fastest
+    names = [OURS, *(f"transformers {name}" for name in implementations)]
+    contenders = [Contender(name, shape, precision, threads) for name in names]
+    for _ in range(WARM_UP):
+        for contender in contenders:
+            contender.ask("step")
+    ceiling = max(contenders[0].ask("ceiling") for _ in range(3))
+    rounds = [[contender.ask("step") for contender in contenders] for _ in range(repeats)]
+    for contender in contenders:
+        contender.stop()
+    seconds = dict(zip(names, map(statistics.median, zip(*rounds, strict=True)), strict=True))
     tokens = SEQUENCES * LENGTH
     flops = tokens * step_flops_per_token(model_config(shape), LENGTH)
-    peer = min(value for name, value in seconds.items() if name != "moe_engine")
+    peer = min(value for name, value in seconds.items() if name != OURS)
     return [Result(name, s, tokens / s, flops / s / ceiling, peer / s) for name, s in seconds.items()]
 
 
@@ -162,18 +206,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
-    os.environ.update(LOCAL_RANK="0", OMP_NUM_THREADS=str(options.threads))
-
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(options.threads)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     rows = []
     for shape in [s for s in (COARSE, FINE) if options.experts in (str(s.experts), "both")]:
         for precision in PRECISIONS if options.precision == "both" else [options.precision]:
             print(f"\n{shape.experts} experts of {shape.width}, top-{shape.top_k}, {precision}", flush=True)
-            for result in bench(shape, precision, options.repeats):
+            for result in bench(shape, precision, options.repeats, options.threads):
                 print(
                     f"  {result.name:24} {1e3 * result.seconds:8.0f} ms  {result.tokens_per_s:7.0f} tokens/s  "
                     f"{100 * result.share:5.1f} % of the ceiling  {result.ratio:5.2f}x the fastest peer",
@@ -181,9 +218,8 @@ def main() -> int:
                 )
                 rows.append({"experts": shape.experts, "precision": precision, **result._asdict()})
     if options.json:
-        machine = {"platform": platform.platform(), "torch": torch.__version__, "threads": options.threads}
+        machine = {"platform": platform.platform(), "torch": version("torch"), "threads": options.threads}
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-    dist.destroy_process_group()
     return 0
 
 

@@ -23,6 +23,7 @@ from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.collectives import gather_rows
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, key_of
+from moe_engine.train.host_memory import keep_freed_memory
 from moe_engine.train.peak import peak_flops
 from moe_engine.train.schedule import learning_rate
 from moe_engine.train.state import load_state, save_state
@@ -52,6 +53,8 @@ def build(
     run: Run, mesh: Mesh, device: torch.device, train: list[OpenDomain], held_out: list[OpenDomain], log: Logger
 ) -> Trainer:
     """Model, ZeRO engine and loader of a run; collective over all ranks."""
+    if device.type == "cpu":
+        keep_freed_memory()
     with device:
         model = Transformer(run.model, mesh, run.train.recompute)
     initialise(model, run.train.seed)
