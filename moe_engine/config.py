@@ -231,6 +231,10 @@ class Train(Section):
     out: Annotated[str, Field(min_length=1)] = "runs/default"
     resume: str | None = None  # None, "auto" (the newest checkpoint in out) or the path of a checkpoint
     save_every: Size = 500
+    async_save: bool = False  # write checkpoints while training goes on, from a copy in host memory
+    keep_last: Count = 0  # newest checkpoints to keep; 0: all
+    keep_every: Count = 0  # steps that it divides are kept too; 0: none
+    on_save_error: Literal["stop", "warn"] = "stop"  # when the disk refuses a checkpoint; the ones before stay
     eval_every: Size = 100
     eval_batches: Size = 8
     log_every: Size = 10

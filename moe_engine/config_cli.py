@@ -45,6 +45,9 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "--recompute": ("train.recompute", "none|selective|full", "activations to recompute in backward"),
     "--resume": ("train.resume", "auto|PATH", "continue from the newest checkpoint in --out, or from PATH"),
     "--save-every": ("train.save_every", "N", "steps between checkpoints"),
+    "--async-save": ("train.async_save", "", "write checkpoints while training goes on"),
+    "--keep-last": ("train.keep_last", "N", "newest checkpoints to keep (default: all)"),
+    "--keep-every": ("train.keep_every", "N", "also keep the checkpoints of steps that N divides"),
 }
 
 

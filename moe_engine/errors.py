@@ -21,3 +21,15 @@ class DataError(EngineError):
     """What the user's files hold cannot be used: bad rows, no text, ids out of range. Exit code 65 (EX_DATAERR)."""
 
     exit_code = 65
+
+
+class StorageError(EngineError):
+    """The disk refused: full, read-only, broken. What was saved before is untouched. Exit code 74 (EX_IOERR)."""
+
+    exit_code = 74
+
+
+class Preempted(EngineError):
+    """The run was told to end and has saved its state; --resume auto goes on. Exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75

@@ -53,6 +53,14 @@ def gather_rows(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
+def gather_bytes(data: bytes, axis: Axis) -> list[bytes]:
+    """The bytes of every rank, in rank order; by way of host memory, outside autograd."""
+    sizes = gather_rows(torch.tensor([len(data)]), axis).tolist()
+    padded = torch.zeros(1, max(sizes), dtype=torch.uint8)
+    padded[0, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else 0
+    return [bytes(row[:size].numpy()) for row, size in zip(gather_rows(padded, axis), sizes, strict=True)]
+
+
 def _scatter_sum(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
     REDUCE_SCATTER(out, x.contiguous(), group=axis.group)

@@ -6,21 +6,25 @@ Everything that a run needs is built here from its own section of `Run`. Every r
 rank alone writes logs.
 """
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from moe_engine.checkpoint.store import find
+from moe_engine.checkpoint.folders import folder_of, set_aside, steps_in
+from moe_engine.checkpoint.manifest import read_manifest
+from moe_engine.checkpoint.reader import choose
+from moe_engine.checkpoint.saver import Saver
 from moe_engine.config import Run
 from moe_engine.data.loader import Batch, Loader, OpenDomain, eval_batches
-from moe_engine.errors import ConfigError, DataError, EngineError
+from moe_engine.errors import ConfigError, EngineError, StorageError
 from moe_engine.log import Logger
 from moe_engine.model.flops import step_flops_per_token
 from moe_engine.model.transformer import Transformer
-from moe_engine.parallel.collectives import gather_rows
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, key_of
 from moe_engine.train.host_memory import keep_freed_memory
@@ -42,11 +46,8 @@ class Trainer(NamedTuple):
     engine: ZeroEngine
     loader: Loader
     held_out: list[OpenDomain]
+    saver: Saver
     log: Logger
-
-    @property
-    def checkpoints(self) -> Path:
-        return Path(self.run.train.out) / "checkpoints"
 
 
 def build(
@@ -71,7 +72,14 @@ def build(
         data_size=mesh.data.size,
         document_mask=run.data.document_mask,
     )
-    return Trainer(run, mesh, device, ZeroEngine(model, run, mesh), loader, held_out, log)
+    saver = Saver(
+        Path(run.train.out) / "checkpoints",
+        mesh.world,
+        keep_last=run.train.keep_last,
+        keep_every=run.train.keep_every,
+        background=run.train.async_save,
+    )
+    return Trainer(run, mesh, device, ZeroEngine(model, run, mesh), loader, held_out, saver, log)
 
 
 def fit(trainer: Trainer) -> None:
@@ -83,7 +91,7 @@ def fit(trainer: Trainer) -> None:
         log.warn("no held-out text: nothing is evaluated (prepare_data --eval-fraction sets some aside)")
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
     peak = peak_flops(trainer.device, dtype, trainer.mesh)
-    skipped = 0
+    skipped, start_time = 0, time.perf_counter()
     for step in range(start, run.train.steps):
         began = time.perf_counter()
         batches = [to_device(batch, trainer.device) for batch in trainer.loader.next_step()]
@@ -96,6 +104,7 @@ def fit(trainer: Trainer) -> None:
         if report.skipped:
             log.warn(f"step {step + 1} skipped ({skipped} in a row), {report.skipped}")
         if skipped == MAX_SKIPPED:
+            trainer.saver.finish()
             raise EngineError(
                 f"{MAX_SKIPPED} steps in a row were skipped, the last because {report.skipped}; the weights are still "
                 f"those of step {step + 1 - MAX_SKIPPED}. Lower --lr, or look at the data of these steps"
@@ -103,8 +112,12 @@ def fit(trainer: Trainer) -> None:
         last = step + 1 == run.train.steps
         if (last or (step + 1) % run.train.eval_every == 0) and trainer.held_out:
             log.eval({"step": step + 1, "loss": held_out_loss(trainer)})
-        if last or (step + 1) % run.train.save_every == 0:
-            save_checkpoint(trainer, step + 1, tokens_seen)
+        with save_errors(trainer):
+            if last or (step + 1) % run.train.save_every == 0:
+                announce(trainer, save_checkpoint(trainer, step + 1, tokens_seen))
+            announce(trainer, trainer.saver.finish() if last else trainer.saver.poll())
+    waited = trainer.saver.stalled / (time.perf_counter() - start_time)
+    log.info(f"training waited for checkpoints in {100 * waited:.1f} % of the time")
 
 
 def row(
@@ -138,30 +151,35 @@ def row(
 
 def resume(trainer: Trainer) -> tuple[int, int]:
     """Continue from the checkpoint that the run asks for; returns the steps done and the tokens seen."""
-    wanted = trainer.run.train.resume
-    if not wanted and (trainer.checkpoints / "latest").is_file():
+    wanted, root, log = trainer.run.train.resume, trainer.saver.root, trainer.log
+    if not wanted and steps_in(root):
         raise ConfigError(
             f"--out {trainer.run.train.out} holds checkpoints of an earlier run: continue it with --resume auto, "
             "or give another --out"
         )
-    folder = find(wanted, trainer.checkpoints) if wanted else None
+    folder = choose(wanted, root, trainer.mesh.world, log.warn) if wanted else None
     if folder is None:
         return 0, 0
-    manifest = load_state(trainer.engine, trainer.mesh, folder)
-    compare_runs(manifest["run"], trainer.run.model_dump(mode="json"), trainer.log)
-    steps = gather_rows(torch.tensor([manifest["step"]], device=trainer.device), trainer.mesh.world).tolist()
-    if len(set(steps)) > 1:
-        raise DataError(
-            f"ranks found checkpoints of different steps {sorted(set(steps))}: --out must be shared by all nodes"
-        )
+    manifest = read_manifest(folder)
+    compare_runs(manifest["run"], trainer.run.model_dump(mode="json"), log)
     trainer.loader.load_state(manifest["data"])
-    trainer.log.info(f"resumed from {folder}: {manifest['step']} steps done")
+    load_state(trainer.engine, trainer.mesh, folder)
+    log.info(f"resumed from {folder}: {manifest['step']} steps done")
+    if trainer.mesh.world.rank == 0:
+        for step in steps_in(root):
+            if step > manifest["step"]:  # of a past that the run leaves now
+                log.warn(
+                    f"later than {folder.name}, from which the run goes on: kept as {set_aside(folder_of(root, step))}"
+                )
     return int(manifest["step"]), int(manifest["tokens"])
 
 
 def compare_runs(saved: dict[str, Any], now: dict[str, Any], log: Logger) -> None:
     """ConfigError when the checkpoint has another model; a warning for each other setting that moves the loss."""
-    harmless = ("out", "resume", "save_every", "eval_every", "eval_batches", "log_every")
+    harmless = (
+        *("out", "resume", "save_every", "eval_every", "eval_batches", "log_every"),
+        *("async_save", "keep_last", "keep_every", "on_save_error"),
+    )
     differ = [
         (section, key, was, now[section].get(key))
         for section in ("model", "optimizer", "train")
@@ -176,11 +194,27 @@ def compare_runs(saved: dict[str, Any], now: dict[str, Any], log: Logger) -> Non
         log.warn(f"{section}.{key} was {was} until the checkpoint and is {here} now{why}")
 
 
-def save_checkpoint(trainer: Trainer, step: int, tokens_seen: int) -> None:
-    """Write the checkpoint of `step`; collective."""
+def save_checkpoint(trainer: Trainer, step: int, tokens_seen: int) -> Path | None:
+    """Save `step`; collective. Returns the folder that was completed: with a background save, the one before."""
     manifest = {"tokens": tokens_seen, "data": trainer.loader.state(), "run": trainer.run.model_dump(mode="json")}
-    folder = save_state(trainer.engine, trainer.mesh, trainer.checkpoints, step, manifest)
-    trainer.log.info(f"saved {folder}")
+    return save_state(trainer.engine, trainer.mesh, trainer.saver, step, manifest)
+
+
+def announce(trainer: Trainer, folder: Path | None) -> None:
+    """Say that a checkpoint is complete."""
+    if folder is not None:
+        trainer.log.info(f"saved {folder}")
+
+
+@contextlib.contextmanager
+def save_errors(trainer: Trainer) -> Iterator[None]:
+    """What becomes of a checkpoint that the disk refuses, on all ranks alike: the end of the run, or a warning."""
+    try:
+        yield
+    except StorageError as error:
+        if trainer.run.train.on_save_error == "stop":
+            raise
+        trainer.log.warn(f"no checkpoint: {error}")
 
 
 def held_out_loss(trainer: Trainer) -> float:

@@ -1,22 +1,31 @@
 """The training state between a ZeroEngine and a checkpoint: master weights, Adam moments, expert biases, random state.
 
-Weights travel under their global names; a run may continue on another layout than the one that wrote the checkpoint.
-The order of the data is a function of the seed and the position, so it continues anywhere too.
+Weights travel under their global names and places; a run may continue on another layout than the one that wrote the
+checkpoint. The order of the data is a function of the seed and the position, so it continues anywhere too.
 """
 
+import hashlib
+import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_engine.checkpoint.store import Piece, Reader, save
+import moe_engine
+from moe_engine.checkpoint.pieces import Piece
+from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.saver import Saver, Shard
 from moe_engine.parallel.mesh import Mesh
-from moe_engine.parallel.weight import note_of
+from moe_engine.parallel.weight import key_of, note_of
 from moe_engine.train.zero import ZeroEngine
 
 
-def save_state(engine: ZeroEngine, mesh: Mesh, root: Path, step: int, manifest: dict[str, Any]) -> Path:
-    """Checkpoint after `step` optimizer steps; collective. `manifest` holds the run and the data position."""
+def save_state(engine: ZeroEngine, mesh: Mesh, saver: Saver, step: int, manifest: dict[str, Any]) -> Path | None:
+    """Checkpoint after `step` optimizer steps; collective. `manifest` holds "run", "data" and "tokens".
+
+    Returns the folder that was completed, of this step or, with a background save, the one before.
+    """
     by_name = {name: p for p, name in engine.names.items()}
     if not any(owned.moments for owned in engine.owned()):  # no step succeeded yet
         engine.create_optimizer_states()
@@ -34,35 +43,55 @@ def save_state(engine: ZeroEngine, mesh: Mesh, root: Path, step: int, manifest: 
     for i, router in enumerate(engine.routers):
         if router.expert_bias is not None:
             extra[f"expert_bias/{i}"] = router.expert_bias
-    layout = {"dp": mesh.dp.size, "ep": mesh.ep.size, "tp": mesh.tp.size}
-    return save(root, step, pieces, extra, {"layout": layout, "adam_steps": adam_steps} | manifest)
+    versions = {"moe_engine": moe_engine.__version__, "torch": torch.__version__, "deepspeed": version("deepspeed")}
+    return saver.save(
+        step,
+        Shard(pieces, extra),
+        {
+            "layout": layout_of(mesh) | {"zero": engine.stage},
+            "adam_steps": adam_steps,
+            "versions": versions,
+            "weights": {name: list(note_of(p).shape) for name, p in by_name.items()},
+            "run_sha256": hashlib.sha256(json.dumps(manifest["run"], sort_keys=True).encode()).hexdigest(),
+        }
+        | manifest,
+    )
 
 
 @torch.no_grad()
 def load_state(engine: ZeroEngine, mesh: Mesh, folder: Path) -> dict[str, Any]:
-    """Fill the engine from a checkpoint written on any layout; returns its manifest.
+    """Fill the engine from a verified checkpoint, written on any layout; returns its manifest.
 
-    The random state continues only on the layout that wrote it; on another one the ranks keep their own.
+    The random state continues on the layout that wrote it; on another one each rank starts a stream of its own.
     """
     reader = Reader(folder)
     engine.create_optimizer_states()
     by_name = {name: p for p, name in engine.names.items()}
     for owned in engine.owned():
-        note = note_of(by_name[owned.name])
+        box = tuple((s.start, s.stop) for s in note_of(by_name[owned.name]).local_slices())
+        piece = Piece(owned.name, box, owned.start, owned.master.numel())
         for kind, out in ({"master": owned.master} | owned.moments).items():
             if kind == "step":
                 out.fill_(reader.manifest["adam_steps"])
-                continue
-            mine = reader.whole(owned.name, kind, note.shape)[note.local_slices()].reshape(-1)
-            out.copy_(mine[owned.start : owned.start + owned.master.numel()])
+            else:
+                reader.fill(kind, piece, out)
     engine.weights_from_masters()
-    same = reader.manifest["layout"] == {"dp": mesh.dp.size, "ep": mesh.ep.size, "tp": mesh.tp.size}
+    written = {key: reader.manifest["layout"][key] for key in ("dp", "ep", "tp")}
+    same = written == layout_of(mesh)
     extra = reader.extra(mesh.world.rank if same else 0)
     if same:
         torch.set_rng_state(extra["rng"])
         if "rng_cuda" in extra and torch.cuda.is_available():
             torch.cuda.set_rng_state(extra["rng_cuda"])
+    else:
+        seed, step = reader.manifest["run"]["train"]["seed"], reader.manifest["step"]
+        torch.manual_seed(key_of(seed, f"noise of rank {mesh.world.rank} from step {step}"))
     for i, router in enumerate(engine.routers):
         if router.expert_bias is not None:
             router.expert_bias.copy_(extra[f"expert_bias/{i}"])
     return reader.manifest
+
+
+def layout_of(mesh: Mesh) -> dict[str, int]:
+    """What decides which rank holds what."""
+    return {"dp": mesh.dp.size, "ep": mesh.ep.size, "tp": mesh.tp.size}

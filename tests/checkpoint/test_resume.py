@@ -1,5 +1,6 @@
 """Ten steps straight equal five and five more: bit for bit on the same layout, to 1e-5 on another."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moe_engine.checkpoint.store import Reader
-from moe_engine.errors import DataError
+from moe_engine.checkpoint import disk
+from moe_engine.checkpoint.folders import steps_in
+from moe_engine.checkpoint.reader import Reader, verify
+from moe_engine.errors import DataError, StorageError
 from moe_engine.log import read_rows
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.train.loop import fit, resume
+from tests.checkpoint.small import ALONE
 from tests.train.small import loop_run, make_corpus, relative, trainer_of, transformer_of
 
 BIASED = {"vocab_size": 264, "expert_bias_update_rate": 0.01}
@@ -76,7 +80,8 @@ def test_same_layout_is_bit_exact(corpus: Path, tmp_path: Path, layout: Layout, 
     names = dict(transformer_of(loop_run(corpus, tmp_path, layout, settings=settings), Mesh()).named_parameters())
     reader = Reader(half)
     for name, p in names.items():
-        whole = reader.whole(name, "master", tuple(p.shape))
+        whole = reader.whole(name)
+        assert whole.shape == p.shape
         assert whole.dtype == torch.float32 and not torch.equal(whole, p)  # trained, in full precision
 
 
@@ -111,10 +116,9 @@ def test_another_layout_continues_the_same_run(
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
     wanted, found = (Reader(tmp_path / x / "checkpoints" / "step-00000010") for x in ("straight", "resumed"))
     whole = transformer_of(loop_run(corpus, tmp_path, first, settings={"model": model}), Mesh())
-    for name, p in whole.named_parameters():
+    for name, _ in whole.named_parameters():
         for kind in ("master", "exp_avg", "exp_avg_sq"):
-            shape = tuple(p.shape)
-            assert relative(found.whole(name, kind, shape), wanted.whole(name, kind, shape)) < 1e-4, (name, kind)
+            assert relative(found.whole(name, kind), wanted.whole(name, kind)) < 1e-4, (name, kind)
     for key in ("expert_bias/0",):
         torch.testing.assert_close(found.extra(0)[key], wanted.extra(0)[key])
 
@@ -124,22 +128,78 @@ def test_auto(corpus: Path, tmp_path: Path):
     settings = {"zero": 1}
     fresh = train(corpus, tmp_path, (1, 1, 1), settings, steps=4, save_every=2, resume="auto")
     assert [row["step"] for row in fresh] == [1, 2, 3, 4]
-    (tmp_path / "checkpoints" / "latest").write_text("step-00000002")  # as if the run had been killed after step 2
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")  # as if the run had been killed after step 2
     again = train(corpus, tmp_path, (1, 1, 1), settings, steps=4, save_every=2, resume="auto")
     assert exact(again) == exact(fresh)
     more = train(corpus, tmp_path, (1, 1, 1), settings, steps=6, resume="auto")
     assert [row["step"] for row in more] == [1, 2, 3, 4, 5, 6] and exact(more)[:4] == exact(fresh)
 
 
-def test_damaged_checkpoint_stops_the_run_before_it_starts(corpus: Path, tmp_path: Path):
-    train(corpus, tmp_path, (1, 1, 1), {"zero": 1}, steps=2)
-    path = tmp_path / "checkpoints" / "step-00000002" / "rank-00000.safetensors"
+def test_an_earlier_checkpoint_starts_another_past(corpus: Path, tmp_path: Path):
+    """What was later than it is kept but no longer counts, so that --resume auto never mixes two histories."""
+    settings = {"zero": 1}
+    train(corpus, tmp_path, (1, 1, 1), settings, steps=6, save_every=2)
+    root = tmp_path / "checkpoints"
+    train(corpus, tmp_path, (1, 1, 1), settings, steps=3, resume=str(root / "step-00000002"))
+    assert steps_in(root) == [2, 3]
+    assert {path.name for path in root.glob("*.aside")} == {"step-00000004.aside", "step-00000006.aside"}
+
+
+def test_background_saves_are_the_same_checkpoints(corpus: Path, tmp_path: Path):
+    layout, settings = (2, 2, 1), {"zero": 2, "model": BIASED}
+    straight = train(corpus, tmp_path / "a", layout, settings, save_every=3)
+    behind = train(corpus, tmp_path / "b", layout, settings, save_every=3, async_save=True, keep_last=2)
+    assert exact(straight) == exact(behind)
+    assert steps_in(tmp_path / "a" / "checkpoints") == [3, 6, 9, 10]
+    assert steps_in(tmp_path / "b" / "checkpoints") == [9, 10]
+    for step in ("step-00000009", "step-00000010"):
+        wanted, found = (tensors(tmp_path / x / "checkpoints" / step) for x in "ab")
+        assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("policy", ["stop", "warn"])
+def test_a_full_disk(corpus: Path, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch):
+    """Training stops with exit code 74, or goes on, as the run says; the older checkpoint is whole either way."""
+    run = loop_run(corpus, tmp_path, (2, 1, 1), settings={"zero": 1}, steps=6, save_every=2, on_save_error=policy)
+    real = disk.require_space
+
+    def full_at_step_4(folder: Path, needed: int) -> None:
+        real(folder, needed if not (folder / "step-00000002").is_dir() else 10**18)
+
+    monkeypatch.setattr(disk, "require_space", full_at_step_4)
+
+    def on_rank(rank: int) -> str:
+        trainer = trainer_of(run, build_mesh(2, 1, 1))
+        try:
+            fit(trainer)
+        except StorageError as error:
+            assert error.exit_code == 74
+            return str(error)
+        finally:
+            trainer.log.close()
+        return ""
+
+    said = run_on_ranks(on_rank, 2)
+    assert said[0] == said[1] and bool(said[0]) == (policy == "stop")
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == (4 if policy == "stop" else 6)
+    assert steps_in(tmp_path / "checkpoints") == [2] and verify(tmp_path / "checkpoints" / "step-00000002", ALONE) == []
+
+
+def test_damage_costs_the_steps_since_the_one_before(corpus: Path, tmp_path: Path):
+    fresh = train(corpus, tmp_path, (1, 1, 1), {"zero": 1}, steps=6, save_every=2)
+    path = tmp_path / "checkpoints" / "step-00000006" / "rank-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
 
     def on_rank(rank: int) -> None:
-        run = loop_run(corpus, tmp_path, (1, 1, 1), settings={"zero": 1}, steps=4, resume="auto")
-        with pytest.raises(DataError, match=r"rank-00000\.safetensors: missing, cut short or changed"):
+        run = loop_run(corpus, tmp_path, (1, 1, 1), settings={"zero": 1}, steps=6, resume=str(path.parent))
+        with pytest.raises(
+            DataError, match=r"rank-00000\.safetensors: \d+ bytes, written with \d+; resume from another"
+        ):
             resume(trainer_of(run, build_mesh(1, 1, 1)))
 
     run_on_ranks(on_rank, 1)
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 6  # nothing was touched
+    again = train(corpus, tmp_path, (1, 1, 1), {"zero": 1}, steps=6, save_every=2, resume="auto")
+    assert exact(again) == exact(fresh)
+    assert steps_in(tmp_path / "checkpoints") == [2, 4, 6]
+    assert (tmp_path / "checkpoints" / "step-00000006.aside").is_dir()

@@ -81,7 +81,7 @@ def test_rows_of_a_run(corpus: Path, tmp_path: Path):
     assert rows[-1]["lm_loss"] < rows[0]["lm_loss"]
     assert [row["step"] for row in read_rows(tmp_path / "eval.jsonl")] == [3, 6]
     manifest = json.loads((tmp_path / "checkpoints" / "step-00000006" / "manifest.json").read_text())
-    assert manifest["step"] == 6 and manifest["layout"] == {"dp": 2, "ep": 1, "tp": 1}
+    assert manifest["step"] == 6 and manifest["layout"] == {"dp": 2, "ep": 1, "tp": 1, "zero": 2}
 
 
 def test_rows_are_the_documented_ones(corpus: Path, tmp_path: Path):
@@ -154,8 +154,7 @@ def test_resume_refuses_another_model_and_lists_other_changes(capsys: pytest.Cap
 def test_a_used_folder_is_not_overwritten(corpus: Path, tmp_path: Path):
     """A second run without --resume would drop the first one's metrics and checkpoints."""
     run = loop_run(corpus, tmp_path, (1, 1, 1), settings={"model": {"vocab_size": 264}})
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "latest").write_text("step-00000500")
+    (tmp_path / "checkpoints" / "step-00000500").mkdir(parents=True)
     run = run.model_copy(update={"train": run.train.model_copy(update={"out": str(tmp_path), "resume": None})})
 
     def on_rank(rank: int) -> str:

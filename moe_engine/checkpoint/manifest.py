@@ -1,0 +1,76 @@
+"""manifest.json: what a checkpoint is, and what each of its files has to be. It vouches for itself.
+
+    {"format": 2, "step", "layout", "tokens", "adam_steps", "run", "run_sha256", "data", "versions",
+     "weights": {name: shape}, "files": {name: [bytes, xxh3, sha256]},
+     "manifest_sha256": of all bytes before this line}
+
+It is read as bytes first and as JSON only when they are the ones that were written.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_engine.checkpoint import disk
+from moe_engine.checkpoint.shard import digest_of
+from moe_engine.errors import DataError
+
+FORMAT = 2
+NAME = "manifest.json"
+SEAL = b',\n "manifest_sha256": "'
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write and sync the manifest of a folder whose other files are complete."""
+    body = json.dumps({"format": FORMAT} | content, indent=1).removesuffix("\n}").encode()
+    disk.write_file(folder / NAME, [body, SEAL, hashlib.sha256(body).hexdigest().encode(), b'"\n}\n'])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder; DataError when it is missing, damaged or of another format."""
+    path = folder / NAME
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; this is no complete checkpoint") from error
+    body, seal, rest = text.rpartition(SEAL)
+    if not seal or rest != hashlib.sha256(body).hexdigest().encode() + b'"\n}\n':
+        found = _format_of(text)
+        if found not in (None, FORMAT):
+            raise DataError(f"{folder}: format {found}, this version reads format {FORMAT}")
+        raise DataError(f"{path}: cut short or changed since it was written")
+    manifest = json.loads(text)
+    if manifest["format"] != FORMAT:
+        raise DataError(f"{folder}: format {manifest['format']}, this version reads format {FORMAT}")
+    return manifest
+
+
+def _format_of(text: bytes) -> Any:
+    try:
+        return json.loads(text).get("format")
+    except (ValueError, AttributeError):
+        return None
+
+
+def problems_of(folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a folder's files, one line each; of `parts` readers, `part` hashes every parts-th file."""
+    problems = []
+    expected = manifest["files"]
+    if part == 0:
+        there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {NAME}
+        problems += [f"{folder / name}: not a file of this checkpoint" for name in sorted(there - expected.keys())]
+    if manifest["step"] != int(folder.name.partition("-")[2].partition(".")[0] or -1):
+        problems.append(f"{folder}: holds step {manifest['step']}; the folder was renamed or copied")
+    for name in sorted(expected)[part::parts]:
+        count, fast, _ = expected[name]
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != count:
+                problems.append(f"{path}: {size} bytes, written with {count}")
+            elif digest_of(path) != (count, fast):
+                problems.append(f"{path}: changed since it was written (its xxh3 differs)")
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}")
+    return problems

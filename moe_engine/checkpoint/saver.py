@@ -1,0 +1,190 @@
+"""Writing a checkpoint: complete or not at all, and while training goes on if the run wants that.
+
+    begin     all ranks    agree that there is space; rank 0 makes step-N.tmp/; each rank takes its shard
+    write     each rank    rank-00003.safetensors, synced, with its digests           in the background, or at once
+    complete  all ranks    exchange digests, and the word of every rank that all is well
+              rank 0       manifest.json -> sync -> rename to step-N/ -> `latest` -> remove what is too old
+
+The ranks talk to each other in `begin` and `complete` alone, on the main thread; the thread that writes never does. A
+new save first completes the one before it, so there is never more than one half-written folder.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_engine.checkpoint import disk
+from moe_engine.checkpoint.folders import folder_of, prune, publish, tidy
+from moe_engine.checkpoint.manifest import write_manifest
+from moe_engine.checkpoint.pieces import Piece
+from moe_engine.checkpoint.reader import key_of, rank_file
+from moe_engine.checkpoint.shard import Digest, size_of, write_shard
+from moe_engine.errors import StorageError
+from moe_engine.parallel.collectives import gather_bytes, sum_
+from moe_engine.parallel.mesh import Axis
+
+MANIFEST_BYTES = 1 << 20  # more than the manifest and the rest will need
+
+
+class Shard(NamedTuple):
+    """What one rank owns: pieces of weights, each with flat tensors by kind, and small tensors of its own."""
+
+    pieces: list[tuple[Piece, Mapping[str, Tensor]]]
+    extra: Mapping[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under its key in the file."""
+        out = {f"extra/{name}": tensor for name, tensor in self.extra.items()}
+        for i, (piece, kinds) in enumerate(self.pieces):
+            out |= {key_of(kind, i, piece.name): tensor for kind, tensor in kinds.items()}
+        return out
+
+
+class Flight(NamedTuple):
+    """A save under way: its folder, what its manifest will say, and the thread that writes this rank's file."""
+
+    temporary: Path
+    manifest: dict[str, Any]
+    thread: threading.Thread
+    outcome: list[Digest | StorageError]
+
+
+class Saver:
+    """The checkpoints of one run. Every method is collective over all ranks, and raises on all of them or on none.
+
+    keep_last: checkpoints to keep, 0 for all; those of a step that keep_every divides stay too. background: write in a
+    thread, from a copy in host memory.
+    """
+
+    def __init__(
+        self, root: Path, world: Axis, *, keep_last: int = 0, keep_every: int = 0, background: bool = False
+    ) -> None:
+        self.root, self.world, self.background = root, world, background
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.flight: Flight | None = None
+        self.stalled = 0.0  # seconds that training has waited for this object
+        self._agree(lambda: tidy(root))
+
+    def save(self, step: int, shard: Shard, manifest: dict[str, Any]) -> Path | None:
+        """Start the checkpoint of `step`, and end it unless `background`; returns the folder that was completed.
+
+        manifest: rank 0's, with "weights": {name: whole shape}. StorageError: nothing was changed but the file system's
+        mood; what was saved before is there.
+        """
+        before = self.finish()
+        with self._waiting():
+            self._begin(step, shard, manifest)
+        return before if self.background else self.finish()
+
+    def _begin(self, step: int, shard: Shard, manifest: dict[str, Any]) -> None:
+        whole = {name: torch.Size(shape).numel() for name, shape in manifest["weights"].items()}
+        assert self._count_elements(shard) == whole, "the ranks' pieces do not make up the weights"
+        temporary = folder_of(self.root, step).with_suffix(".tmp")
+        tensors, metadata = shard.tensors(), {"pieces": json.dumps([piece for piece, _ in shard.pieces])}
+        needed = int(sum_(torch.tensor(size_of(tensors, metadata)), self.world))
+        self._agree(lambda: self._prepare(temporary, needed + MANIFEST_BYTES))
+        if self.background:
+            tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+        path, outcome = temporary / rank_file(self.world.rank), []
+
+        def write() -> None:
+            try:
+                outcome.append(write_shard(path, tensors, metadata))
+            except StorageError as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=write, name=f"save step {step}", daemon=True)
+        self.flight = Flight(temporary, {"step": step} | manifest, thread, outcome)
+        thread.start()
+
+    def poll(self) -> Path | None:
+        """Complete the save under way if every rank has written; returns its folder if so. Cheap when there is none."""
+        if self.flight is None:
+            return None
+        with self._waiting():
+            writing = int(sum_(torch.tensor(int(self.flight.thread.is_alive())), self.world))
+        return None if writing else self.finish()
+
+    def finish(self) -> Path | None:
+        """Wait for the save under way and complete it; returns its folder, None when there is none."""
+        if self.flight is None:
+            return None
+        flight, self.flight = self.flight, None
+        with self._waiting():
+            return self._land(flight)
+
+    def _land(self, flight: Flight) -> Path:
+        flight.thread.join()
+        mine = flight.outcome[0] if flight.outcome else StorageError("the thread that writes has failed")
+        try:
+            self._agree(lambda: _raise(mine), everywhere=True)
+            digests = [json.loads(text) for text in gather_bytes(json.dumps(mine).encode(), self.world)]
+            final = flight.temporary.with_suffix("")
+            self._agree(lambda: self._complete(flight, final, digests))
+        except StorageError:
+            if self.world.rank == 0:
+                _forget(flight.temporary)
+            raise
+        return final
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.stalled += time.perf_counter() - began
+
+    def _prepare(self, temporary: Path, needed: int) -> None:
+        disk.remove(temporary)
+        disk.make_folder(self.root)
+        disk.require_space(self.root, needed)
+        disk.make_folder(temporary)
+
+    def _complete(self, flight: Flight, final: Path, digests: list[list[Any]]) -> None:
+        files = {rank_file(rank): digest for rank, digest in enumerate(digests)}
+        write_manifest(flight.temporary, flight.manifest | {"files": files})
+        publish(flight.temporary, final)
+        prune(self.root, self.keep_last, self.keep_every)
+
+    def _count_elements(self, shard: Shard) -> dict[str, int]:
+        """Elements of each weight over all ranks."""
+        mine: dict[str, int] = {}
+        for piece, _ in shard.pieces:
+            mine[piece.name] = mine.get(piece.name, 0) + piece.length
+        total: dict[str, int] = {}
+        for text in gather_bytes(json.dumps(mine).encode(), self.world):
+            for name, count in json.loads(text).items():
+                total[name] = total.get(name, 0) + count
+        return total
+
+    def _agree(self, act: Callable[[], None], everywhere: bool = False) -> None:
+        """Run `act` on rank 0, or everywhere; a StorageError of any rank is raised on all."""
+        message = ""
+        if everywhere or self.world.rank == 0:
+            try:
+                act()
+            except StorageError as error:
+                message = str(error)
+        said = [text.decode() for text in gather_bytes(message.encode(), self.world)]
+        if failed := [(rank, text) for rank, text in enumerate(said) if text]:
+            rank, text = failed[0]
+            raise StorageError(text if self.world.size == 1 else f"rank {rank}: {text}")
+
+
+def _raise(outcome: Digest | StorageError) -> None:
+    if isinstance(outcome, StorageError):
+        raise outcome
+
+
+def _forget(temporary: Path) -> None:
+    """A folder that could not be completed; what cannot be removed now is removed by the next run."""
+    try:
+        disk.remove(temporary)
+    except StorageError:
+        return

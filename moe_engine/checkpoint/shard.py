@@ -1,0 +1,125 @@
+"""One safetensors file: written tensor by tensor with its digests, opened only after its header was looked at.
+
+    8 bytes, little endian: length of the header | header: JSON {name: {dtype, shape, data_offsets}} | the tensors
+
+The digests are of the bytes in memory, so that what the disk makes of them is part of what they prove. No more than one
+chunk of a tensor is copied to the host at a time.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe_engine.checkpoint.disk import write_file
+from moe_engine.errors import DataError
+
+CHUNK = 1 << 24  # bytes
+MAX_HEADER = 1 << 24  # bytes; safetensors itself would read 100 MB
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Digest(NamedTuple):
+    """What a file has to be. Loading compares the size and xxh3 (128 bits); SHA-256 is for the record."""
+
+    bytes: int
+    xxh3: str
+    sha256: str
+
+
+class Hasher:
+    """Takes the parts of a file in order."""
+
+    def __init__(self) -> None:
+        self.count, self.fast, self.strong = 0, xxhash.xxh3_128(), hashlib.sha256()
+
+    def update(self, part: bytes | memoryview) -> None:
+        self.count += len(part)
+        self.fast.update(part)
+        self.strong.update(part)
+
+    def digest(self) -> Digest:
+        return Digest(self.count, self.fast.hexdigest(), self.strong.hexdigest())
+
+
+def layout_of(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> tuple[bytes, list[str]]:
+    """The header of a file and the order of its tensors: large elements first, so that all are aligned."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    table: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        table[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, names
+
+
+def size_of(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> int:
+    """Bytes that write_shard will write."""
+    return len(layout_of(tensors, metadata)[0]) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Digest:
+    """Write and sync the file; StorageError where the disk refuses."""
+    header, names = layout_of(tensors, metadata)
+    hasher = Hasher()
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield header
+        for name in names:
+            yield from _chunks(tensors[name])
+
+    def hashed() -> Iterator[bytes | memoryview]:
+        for part in parts():
+            hasher.update(part)
+            yield part
+
+    write_file(path, hashed())
+    return hasher.digest()
+
+
+def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+    flat = tensor.detach().reshape(-1)
+    step = CHUNK // tensor.element_size()
+    for start in range(0, len(flat), step):
+        yield memoryview(flat[start : start + step].cpu().contiguous().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def digest_of(path: Path) -> tuple[int, str]:
+    """Size and xxh3 of a file as it lies on disk."""
+    hasher, count = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(CHUNK):
+            hasher.update(part)
+            count += len(part)
+    return count, hasher.hexdigest()
+
+
+def open_shard(path: Path) -> Any:
+    """The file by safetensors, mapped and not read. DataError for a header that is too long or does not fit."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER, size - 8):
+        raise DataError(f"{path}: a header of {length} bytes in a file of {size}; this is no safetensors file of ours")
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise DataError(f"{path}: not a safetensors file ({error})") from error

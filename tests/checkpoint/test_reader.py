@@ -1,0 +1,177 @@
+"""What is read is what was written, from any cut; what was changed on the way is refused before it is read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_engine.checkpoint.manifest import read_manifest
+from moe_engine.checkpoint.pieces import Piece
+from moe_engine.checkpoint.reader import Reader, choose, verify
+from moe_engine.checkpoint.saver import Saver, Shard
+from moe_engine.errors import ConfigError, DataError
+from moe_engine.parallel.local_ranks import run_on_ranks
+from moe_engine.parallel.mesh import build_mesh
+from tests.checkpoint.small import ALONE, MANIFEST, RNG, WHOLE, save_one
+
+
+def test_round_trip(tmp_path: Path):
+    folder = save_one(tmp_path)
+    reader = Reader(folder)
+    assert torch.equal(reader.whole("w"), WHOLE) and torch.equal(reader.whole("w", "exp_avg"), -WHOLE)
+    assert torch.equal(reader.extra(0)["rng"], RNG)
+    assert reader.manifest["note"] == "x" and reader.manifest["step"] == 3
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "rank-00000.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000003"]
+    assert (tmp_path / "latest").read_text() == "step-00000003" and verify(folder, ALONE) == []
+
+
+def test_put_together_from_boxes_and_runs(tmp_path: Path):
+    """Two ranks hold the left and right columns; the right one is owned in two runs by different ranks."""
+
+    def on_rank(rank: int) -> None:
+        left, right = WHOLE[:, :2].reshape(-1), WHOLE[:, 2:].reshape(-1)
+        if rank == 0:
+            pieces = [
+                (Piece("w", ((0, 4), (0, 2)), 0, 8), {"master": left}),
+                (Piece("w", ((0, 4), (2, 6)), 0, 5), {"master": right[:5]}),
+            ]
+        else:
+            pieces = [(Piece("w", ((0, 4), (2, 6)), 5, 11), {"master": right[5:]})]
+        saver = Saver(tmp_path, build_mesh(2, 1, 1).world)
+        saver.save(1, Shard(pieces, {"rank": torch.tensor(rank)}), MANIFEST)  # type: ignore[arg-type]
+
+    run_on_ranks(on_rank, 2)
+    reader = Reader(tmp_path / "step-00000001")
+    assert torch.equal(reader.whole("w"), WHOLE)
+    assert [int(reader.extra(rank)["rank"]) for rank in range(2)] == [0, 1]
+    rows = torch.empty(7)
+    reader.fill("master", Piece("w", ((1, 3), (0, 6)), 2, 7), rows)
+    assert torch.equal(rows, WHOLE[1:3].reshape(-1)[2:9])
+    with pytest.raises(DataError, match=r"6 of 30 elements of w are not there; resume with the model"):
+        reader.fill("master", Piece("w", ((0, 5), (0, 6)), 0, 30), torch.empty(30))
+    with pytest.raises(DataError, match="no weight v"):
+        reader.whole("v")
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(bytes(content))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def add(path: Path) -> None:
+    path.with_name("rank-00001.safetensors").write_bytes(path.read_bytes())
+
+
+DAMAGE: list[Callable[[Path], object]] = [
+    cut,
+    add,
+    Path.unlink,
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    lambda path: flip(path, 3),
+    lambda path: flip(path, -3),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "manifest.json"])
+def test_damage_is_found_and_named_and_the_older_one_used(tmp_path: Path, damage: Callable[[Path], object], name: str):
+    older, folder = save_one(tmp_path, 2, value=7.0), save_one(tmp_path, 3)
+    damage(folder / name)
+    (problem, *_) = verify(folder, ALONE)
+    assert problem.startswith(str(folder)) and ("rank-0000" in problem or "manifest.json" in problem)
+    with pytest.raises(DataError, match="resume from another checkpoint"):
+        if (folder / "manifest.json").is_file():
+            choose(str(folder), tmp_path, ALONE, print)
+        else:
+            raise DataError("resume from another checkpoint")
+    said: list[str] = []
+    assert choose("auto", tmp_path, ALONE, said.append) == older
+    assert len(said) == 1 and "DAMAGED CHECKPOINT" in said[0] and "Falling back to step 2" in said[0]
+    assert problem in said[0]
+    assert not folder.exists() and folder.with_suffix(".aside").is_dir()
+    said.clear()
+    assert choose("auto", tmp_path, ALONE, said.append) == older and not said
+
+
+def test_every_bit_of_the_manifest_counts(tmp_path: Path):
+    folder = save_one(tmp_path)
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flip(path, bit)
+        assert verify(folder, ALONE), bit
+        path.write_bytes(whole)
+    assert verify(folder, ALONE) == []
+
+
+def test_none_is_whole(tmp_path: Path):
+    for step in (1, 2):
+        cut(save_one(tmp_path, step) / "rank-00000.safetensors")
+    with pytest.raises(DataError, match=r"no checkpoint under .* is whole: .*step-00000002.*step-00000001"):
+        choose("auto", tmp_path, ALONE, print)
+
+
+def test_a_sealed_manifest_may_still_lack_things(tmp_path: Path):
+    """Damage that somebody made with care: no traceback either."""
+    from moe_engine.checkpoint.manifest import write_manifest
+
+    folder = save_one(tmp_path)
+    write_manifest(folder, {"step": 3, "files": {"rank-00000.safetensors": 7}})
+    assert "a manifest without what belongs there" in verify(folder, ALONE)[0]
+    write_manifest(folder, {"step": 3})
+    assert "a manifest without what belongs there" in verify(folder, ALONE)[0]
+
+
+def test_a_folder_of_another_step_is_not_taken_for_it(tmp_path: Path):
+    save_one(tmp_path, 3).rename(tmp_path / "step-00000009")
+    assert "holds step 3; the folder was renamed or copied" in verify(tmp_path / "step-00000009", ALONE)[0]
+
+
+def test_shards_of_two_steps_do_not_mix(tmp_path: Path):
+    """Same size, same header, other numbers."""
+    one, two = save_one(tmp_path, 1, value=1.0), save_one(tmp_path, 2, value=2.0)
+    name = "rank-00000.safetensors"
+    assert (one / name).stat().st_size == (two / name).stat().st_size
+    (two / name).write_bytes((one / name).read_bytes())
+    assert "changed since it was written" in verify(two, ALONE)[0] and verify(one, ALONE) == []
+
+
+def test_other_format_is_refused(tmp_path: Path):
+    folder = save_one(tmp_path)
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "step": 3}))
+    with pytest.raises(DataError, match="format 1, this version reads format 2"):
+        read_manifest(folder)
+
+
+def test_choose(tmp_path: Path):
+    assert choose("auto", tmp_path / "nothing", ALONE, print) is None
+    assert choose("auto", tmp_path, ALONE, print) is None
+    with pytest.raises(ConfigError, match=r"--resume .*no manifest\.json there; give a folder"):
+        choose(str(tmp_path / "nowhere"), tmp_path, ALONE, print)
+    first, second = save_one(tmp_path, 1), save_one(tmp_path, 2)
+    assert choose("auto", tmp_path, ALONE, print) == second and choose(str(first), tmp_path, ALONE, print) == first
+    (tmp_path / "latest").write_text("step-00000001")  # a hint for people; a flipped bit in it costs nothing
+    assert choose("auto", tmp_path, ALONE, print) == second
+
+
+def test_ranks_share_the_reading_and_agree(tmp_path: Path):
+    save_one(tmp_path, 1)
+    cut(save_one(tmp_path, 2) / "rank-00000.safetensors")
+
+    def on_rank(rank: int) -> tuple[str, list[str]]:
+        world = build_mesh(3, 1, 1).world
+        problems = verify(tmp_path / "step-00000002", world)
+        return choose("auto", tmp_path, world, print).name, problems  # pyright: ignore[reportOptionalMemberAccess]
+
+    results = run_on_ranks(on_rank, 3)
+    assert {name for name, _ in results} == {"step-00000001"}
+    assert all(problems == results[0][1] and len(problems) == 1 for _, problems in results)
