@@ -5,19 +5,24 @@
     torchrun --nproc_per_node 8 launch/pretrain_moe.py --config configs/runs/mixtral-8x7b-pretrain.yaml --data corpus
 
 On CPU the ranks talk over gloo, on GPUs over nccl. Without --data it reads the Python standard library's own sources.
-Exit codes: 0 done, 65 data, 70 internal, 74 disk, 78 configuration.
+Exit codes: 0 done, 65 data, 70 internal, 74 disk, 75 told to stop and saved, 78
+configuration.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe_engine.config import Domain, Run
 from moe_engine.config_cli import Loaded, build_parser, load, print_config
-from moe_engine.errors import ConfigError, EngineError
+from moe_engine.errors import ConfigError, EngineError, Preempted
+from moe_engine.host.signals import Requests
 
 
 def main(argv: list[str]) -> int:
@@ -25,6 +30,9 @@ def main(argv: list[str]) -> int:
     # nothing is compiled, but DeepSpeed would load the compiler all the same
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     rank, world = int(os.environ.get("RANK", 0)), os.environ.get("WORLD_SIZE")
+    requests = Requests().listen()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_the_launcher()
     try:
         parser = build_parser("pretrain_moe.py", __doc__)
         dry = "--dry-run" in argv or "--print-config" in argv
@@ -37,19 +45,31 @@ def main(argv: list[str]) -> int:
 
             print("\n".join(describe(loaded))) if rank == 0 else None
             return 0
-        pretrain(loaded, rank)
+        pretrain(loaded, rank, requests)
+    except Preempted as stop:
+        print(stop, flush=True) if rank == 0 else None
+        return stop.exit_code
     except EngineError as error:
         if rank > 0:  # rank 0 speaks for all; the launcher then ends this one, unless the trouble is here alone
             time.sleep(3)
         if rank == 0 or not isinstance(error, ConfigError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except Exception as error:  # ours, or another rank is gone
+        traceback.print_exc()
+        print(
+            f"error: rank {rank} ends: {type(error).__name__}. If another rank ended first, it says why; --resume auto "
+            "goes on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        return EngineError.exit_code
     return 0
 
 
-def pretrain(loaded: Loaded, rank: int) -> None:
+def pretrain(loaded: Loaded, rank: int, requests: Requests) -> None:
     """The run itself: folders and data by rank 0, then every rank trains."""
-    from moe_engine.checkpoint.lock import lock
+    from moe_engine.host.lock import lock
     from moe_engine.log import Logger
 
     run = loaded.run
@@ -63,7 +83,8 @@ def pretrain(loaded: Loaded, rank: int) -> None:
         log.info(*loaded.derived)
         for warning in loaded.warnings:
             log.warn(warning)
-        device, mesh = start_ranks(run)
+        device, mesh, store = start_ranks(run)
+        from moe_engine.host.watch import Watch
         from moe_engine.parallel.collectives import barrier
         from moe_engine.train.corpus import open_corpus, prepare_default_corpus
         from moe_engine.train.loop import build, fit
@@ -78,8 +99,14 @@ def pretrain(loaded: Loaded, rank: int) -> None:
                 update={"data": run.data.model_copy(update={"domains": (Domain(name="stdlib", path=str(folder)),)})}
             )
         train, held_out = open_corpus(run)
-        trainer = build(run, mesh, device, train, held_out, log)
-        fit(trainer)
+        watch = Watch(store, rank, mesh.world.size, run.train.step_timeout, out)
+        trainer = build(run, mesh, device, train, held_out, log, requests, watch.beat)
+        with watch:
+            try:
+                fit(trainer)
+            except Exception as error:
+                error.add_note(f"on rank {rank}, at step {watch.at[0]}, {watch.at[1]}")
+                raise
         if rank == 0:
             log.info(*write_summary(out, run))
     stop_ranks()
@@ -98,8 +125,15 @@ def make_writable(out: Path) -> None:
         raise ConfigError(f"--out {out}: {error.strerror}; choose a folder that you can write to") from error
 
 
+def die_with_the_launcher() -> None:
+    """Linux ends this process when torchrun ends, also when it is killed: no rank is left behind."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def start_ranks(run: Run):
-    """This rank's device and mesh; every rank of the launch calls it."""
+    """This rank's device, mesh and the store that the ranks share; every rank of the launch calls it."""
     import torch
     import torch.distributed as dist
 
@@ -113,10 +147,15 @@ def start_ranks(run: Run):
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, world = next(dist.rendezvous("env://"))
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device, build_mesh(run.parallel.dp, run.parallel.ep, run.parallel.tp)
+        store, rank, world = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world)
+    return (
+        device,
+        build_mesh(run.parallel.dp, run.parallel.ep, run.parallel.tp),
+        dist.PrefixStore("watch", store.clone()),  # pyright: ignore[reportAttributeAccessIssue],
+    )
 
 
 def stop_ranks() -> None:

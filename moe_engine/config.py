@@ -234,6 +234,7 @@ class Train(Section):
     async_save: bool = False  # write checkpoints while training goes on, from a copy in host memory
     keep_last: Count = 0  # newest checkpoints to keep; 0: all
     keep_every: Count = 0  # steps that it divides are kept too; 0: none
+    step_timeout: NonNegative = 600.0  # seconds without progress after which the run ends; 0: never
     on_save_error: Literal["stop", "warn"] = "stop"  # when the disk refuses a checkpoint; the ones before stay
     eval_every: Size = 100
     eval_batches: Size = 8

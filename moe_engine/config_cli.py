@@ -47,6 +47,11 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "--save-every": ("train.save_every", "N", "steps between checkpoints"),
     "--async-save": ("train.async_save", "", "write checkpoints while training goes on"),
     "--keep-last": ("train.keep_last", "N", "newest checkpoints to keep (default: all)"),
+    "--step-timeout": (
+        "train.step_timeout",
+        "S",
+        "end a run that made no progress for S seconds, and say why; 0: never",
+    ),
     "--keep-every": ("train.keep_every", "N", "also keep the checkpoints of steps that N divides"),
 }
 

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "moe_engine": 0,
-    **dict.fromkeys(("moe_engine.parallel", "moe_engine.ops"), 1),
+    **dict.fromkeys(("moe_engine.parallel", "moe_engine.ops", "moe_engine.host"), 1),
     **dict.fromkeys(("moe_engine.model", "moe_engine.data"), 2),
     **dict.fromkeys(("moe_engine.checkpoint", "moe_engine.upcycle"), 3),
     **dict.fromkeys(("moe_engine.train", "moe_engine.evaluate", "moe_engine.analyze", "moe_engine.plan"), 4),

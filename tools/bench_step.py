@@ -151,8 +151,8 @@ def contend(pipe: Connection, name: str, shape: Shape, precision: Literal["fp32"
     import torch
     import torch.distributed as dist
 
+    from moe_engine.host.memory import keep_freed_memory
     from moe_engine.parallel.mesh import Mesh
-    from moe_engine.train.host_memory import keep_freed_memory
     from moe_engine.train.peak import measured_ceiling
 
     torch.set_num_threads(threads)

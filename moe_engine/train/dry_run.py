@@ -17,20 +17,9 @@ from moe_engine.train.corpus import open_corpus
 def describe(loaded: Loaded) -> list[str]:
     """The report of `--dry-run`. Raises ConfigError or DataError where the run itself would."""
     run = loaded.run
-    lines = [*loaded.derived, *(f"warning: {warning}" for warning in loaded.warnings)]
-    return [
-        *lines,
-        "",
-        *batch_lines(run),
-        "",
-        *corpus_lines(run),
-        "",
-        *parameter_lines(run),
-        "",
-        *shape_lines(run),
-        "",
-        "ok",
-    ]
+    first = [*loaded.derived, *(f"warning: {warning}" for warning in loaded.warnings)]
+    parts = (first, batch_lines(run), corpus_lines(run), parameter_lines(run), shape_lines(run))
+    return [line for part in parts for line in (*part, "")] + ["ok"]
 
 
 def batch_lines(run: Run) -> list[str]:

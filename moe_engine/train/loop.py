@@ -1,33 +1,35 @@
 """The pre-training loop: eight rooms in order, then a line and a row.
 
-    batch -> step -> row -> (evaluate) -> (save)        until `steps`, or until five steps in a row were skipped
+    batch -> step -> row -> (evaluate) -> (save)        until `steps`, a signal, or five skipped steps in a row
 
 Everything that a run needs is built here from its own section of `Run`. Every rank executes the same lines; the main
 rank alone writes logs.
 """
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from moe_engine.checkpoint.compare import differences
 from moe_engine.checkpoint.folders import folder_of, set_aside, steps_in
 from moe_engine.checkpoint.manifest import read_manifest
 from moe_engine.checkpoint.reader import choose
 from moe_engine.checkpoint.saver import Saver
 from moe_engine.config import Run
 from moe_engine.data.loader import Batch, Loader, OpenDomain, eval_batches
-from moe_engine.errors import ConfigError, EngineError, StorageError
+from moe_engine.errors import ConfigError, EngineError, Preempted, StorageError
+from moe_engine.host.memory import keep_freed_memory
+from moe_engine.host.signals import Requests
 from moe_engine.log import Logger
 from moe_engine.model.flops import step_flops_per_token
 from moe_engine.model.transformer import Transformer
+from moe_engine.parallel.collectives import max_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, key_of
-from moe_engine.train.host_memory import keep_freed_memory
 from moe_engine.train.peak import peak_flops
 from moe_engine.train.schedule import learning_rate
 from moe_engine.train.state import load_state, save_state
@@ -48,12 +50,24 @@ class Trainer(NamedTuple):
     held_out: list[OpenDomain]
     saver: Saver
     log: Logger
+    requests: Requests
+    beat: Callable[[int, str], None]
 
 
 def build(
-    run: Run, mesh: Mesh, device: torch.device, train: list[OpenDomain], held_out: list[OpenDomain], log: Logger
+    run: Run,
+    mesh: Mesh,
+    device: torch.device,
+    train: list[OpenDomain],
+    held_out: list[OpenDomain],
+    log: Logger,
+    requests: Requests | None = None,
+    beat: Callable[[int, str], None] = lambda step, where: None,
 ) -> Trainer:
-    """Model, ZeRO engine and loader of a run; collective over all ranks."""
+    """Model, ZeRO engine and loader of a run; collective over all ranks.
+
+    requests: what signals ask for, if the process listens. beat: told of progress, see host/watch.py.
+    """
     if device.type == "cpu":
         keep_freed_memory()
     with device:
@@ -79,11 +93,16 @@ def build(
         keep_every=run.train.keep_every,
         background=run.train.async_save,
     )
-    return Trainer(run, mesh, device, ZeroEngine(model, run, mesh), loader, held_out, saver, log)
+    return Trainer(
+        run, mesh, device, ZeroEngine(model, run, mesh), loader, held_out, saver, log, requests or Requests(), beat
+    )
 
 
 def fit(trainer: Trainer) -> None:
-    """Train to the last step, evaluating and saving on the way. EngineError after five skipped steps in a row."""
+    """Train to the last step, evaluating and saving on the way.
+
+    EngineError after five skipped steps in a row; Preempted, when all is saved, after a signal to stop.
+    """
     run, log = trainer.run, trainer.log
     start, tokens_seen = resume(trainer)
     log.truncate_after(start)
@@ -91,8 +110,11 @@ def fit(trainer: Trainer) -> None:
         log.warn("no held-out text: nothing is evaluated (prepare_data --eval-fraction sets some aside)")
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
     peak = peak_flops(trainer.device, dtype, trainer.mesh)
+    if wishes(trainer).stop:
+        raise Preempted("told to stop before the first step; nothing was to be saved")
     skipped, start_time = 0, time.perf_counter()
     for step in range(start, run.train.steps):
+        trainer.beat(step + 1, "training")
         began = time.perf_counter()
         batches = [to_device(batch, trainer.device) for batch in trainer.loader.next_step()]
         lr = learning_rate(step, run.train.steps, run.optimizer)
@@ -111,13 +133,27 @@ def fit(trainer: Trainer) -> None:
             )
         last = step + 1 == run.train.steps
         if (last or (step + 1) % run.train.eval_every == 0) and trainer.held_out:
-            log.eval({"step": step + 1, "loss": held_out_loss(trainer)})
-        with save_errors(trainer):
-            if last or (step + 1) % run.train.save_every == 0:
-                announce(trainer, save_checkpoint(trainer, step + 1, tokens_seen))
-            announce(trainer, trainer.saver.finish() if last else trainer.saver.poll())
-    waited = trainer.saver.stalled / (time.perf_counter() - start_time)
+            evaluate_and_log(trainer, step + 1)
+        wish = wishes(trainer)
+        save(trainer, step + 1, tokens_seen, wish, last)
+        if wish.stop and not last:
+            raise Preempted(f"told to stop: step {step + 1} is saved, --resume auto goes on from there")
+    waited = trainer.saver.stalled / max(time.perf_counter() - start_time, 1e-9)
     log.info(f"training waited for checkpoints in {100 * waited:.1f} % of the time")
+
+
+class Wishes(NamedTuple):
+    """What the signals of any rank ask of all of them."""
+
+    stop: bool
+    save: bool
+
+
+def wishes(trainer: Trainer) -> Wishes:
+    """The same on all ranks; collective. A wish to save is granted once."""
+    mine = torch.tensor([trainer.requests.stop, trainer.requests.save], dtype=torch.int32)
+    trainer.requests.save = False
+    return Wishes(*map(bool, max_(mine, trainer.mesh.world).tolist()))
 
 
 def row(
@@ -161,7 +197,7 @@ def resume(trainer: Trainer) -> tuple[int, int]:
     if folder is None:
         return 0, 0
     manifest = read_manifest(folder)
-    compare_runs(manifest["run"], trainer.run.model_dump(mode="json"), log)
+    log.warn(*differences(manifest["run"], trainer.run.model_dump(mode="json")))
     trainer.loader.load_state(manifest["data"])
     load_state(trainer.engine, trainer.mesh, folder)
     log.info(f"resumed from {folder}: {manifest['step']} steps done")
@@ -174,62 +210,61 @@ def resume(trainer: Trainer) -> tuple[int, int]:
     return int(manifest["step"]), int(manifest["tokens"])
 
 
-def compare_runs(saved: dict[str, Any], now: dict[str, Any], log: Logger) -> None:
-    """ConfigError when the checkpoint has another model; a warning for each other setting that moves the loss."""
-    harmless = (
-        *("out", "resume", "save_every", "eval_every", "eval_batches", "log_every"),
-        *("async_save", "keep_last", "keep_every", "on_save_error"),
-    )
-    differ = [
-        (section, key, was, now[section].get(key))
-        for section in ("model", "optimizer", "train")
-        for key, was in saved[section].items()
-        if now[section].get(key) != was and key not in harmless
-    ]
-    if model := [(key, was, here) for section, key, was, here in differ if section == "model"]:
-        listed = "; ".join(f"model.{key} is {was} there and {here} in the run" for key, was, here in model)
-        raise ConfigError(f"the checkpoint has another model: {listed}. Resume with the checkpoint's model")
-    for section, key, was, here in differ:
-        why = "; the learning rate follows the new schedule from here on" if key == "steps" else ""
-        log.warn(f"{section}.{key} was {was} until the checkpoint and is {here} now{why}")
+def save(trainer: Trainer, step: int, tokens_seen: int, wish: Wishes, last: bool) -> None:
+    """Save `step` if it is time or wished for, and complete what the background has written; collective.
 
-
-def save_checkpoint(trainer: Trainer, step: int, tokens_seen: int) -> Path | None:
-    """Save `step`; collective. Returns the folder that was completed: with a background save, the one before."""
-    manifest = {"tokens": tokens_seen, "data": trainer.loader.state(), "run": trainer.run.model_dump(mode="json")}
-    return save_state(trainer.engine, trainer.mesh, trainer.saver, step, manifest)
-
-
-def announce(trainer: Trainer, folder: Path | None) -> None:
-    """Say that a checkpoint is complete."""
-    if folder is not None:
-        trainer.log.info(f"saved {folder}")
-
-
-@contextlib.contextmanager
-def save_errors(trainer: Trainer) -> Iterator[None]:
-    """What becomes of a checkpoint that the disk refuses, on all ranks alike: the end of the run, or a warning."""
+    A disk that refuses ends the run, or is warned about, on all ranks alike.
+    """
+    completed = []
+    trainer.beat(step, "saving")
     try:
-        yield
+        if last or wish.stop or wish.save or step % trainer.run.train.save_every == 0:
+            run = trainer.run.model_dump(mode="json")
+            manifest = {"tokens": tokens_seen, "data": trainer.loader.state(), "run": run}
+            completed.append(save_state(trainer.engine, trainer.mesh, trainer.saver, step, manifest))
+        completed.append(trainer.saver.finish() if last or wish.stop else trainer.saver.poll())
     except StorageError as error:
-        if trainer.run.train.on_save_error == "stop":
+        if trainer.run.train.on_save_error == "stop" or wish.stop:
             raise
         trainer.log.warn(f"no checkpoint: {error}")
+    trainer.log.info(*(f"saved {folder}" for folder in completed if folder))
 
 
-def held_out_loss(trainer: Trainer) -> float:
-    """Mean loss per token of the first `eval_batches` global batches of held-out text, in nats; collective."""
+def evaluate_and_log(trainer: Trainer, step: int) -> None:
+    """Log the held-out loss of `step`, unless a signal cuts the evaluation short; collective."""
+    stopped = False
+
+    def batches() -> Iterator[Batch]:
+        nonlocal stopped
+        for batch in held_out_batches(trainer):
+            stopped = wishes_to_stop(trainer)
+            if stopped:
+                return
+            trainer.beat(step, "evaluating")
+            yield to_device(batch, trainer.device)
+
+    loss = evaluate(trainer.engine, trainer.mesh, batches())
+    if not stopped:
+        trainer.log.eval({"step": step, "loss": loss})
+
+
+def wishes_to_stop(trainer: Trainer) -> bool:
+    """Whether any rank was told to stop; collective, and a wish to save stays."""
+    return bool(max_(torch.tensor(int(trainer.requests.stop)), trainer.mesh.world))
+
+
+def held_out_batches(trainer: Trainer) -> Iterator[Batch]:
+    """The first `eval_batches` global batches of held-out text: the same text on every layout."""
     train = trainer.run.train
-    batches = eval_batches(
+    return eval_batches(
         trainer.held_out,
         seq_length=train.seq_length,
         micro_batch=train.micro_batch,
         data_rank=trainer.mesh.data.rank,
         data_size=trainer.mesh.data.size,
         document_mask=trainer.run.data.document_mask,
-        limit=train.eval_batches * train.accumulation,  # the same text on every layout
+        limit=train.eval_batches * train.accumulation,
     )
-    return evaluate(trainer.engine, trainer.mesh, (to_device(batch, trainer.device) for batch in batches))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_engine.checkpoint.lock import lock
 from moe_engine.errors import ConfigError
+from moe_engine.host.lock import lock
 
-HOLD = "import sys, time; from pathlib import Path; from moe_engine.checkpoint.lock import lock; " + (
+HOLD = "import sys, time; from pathlib import Path; from moe_engine.host.lock import lock; " + (
     "held = lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 )
 

@@ -7,7 +7,7 @@ import pytest
 
 PAGES = """
 import resource, sys, torch
-from moe_engine.train.host_memory import keep_freed_memory
+from moe_engine.host.memory import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
