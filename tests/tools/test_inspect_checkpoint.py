@@ -1,0 +1,73 @@
+"""What the tool says about a run's checkpoints, whole, damaged and compared."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_engine.checkpoint.folders import steps_in
+from moe_engine.parallel.local_ranks import run_on_ranks
+from moe_engine.parallel.mesh import build_mesh
+from moe_engine.train.loop import fit
+from tests.train.small import loop_run, make_corpus, trainer_of
+from tools.inspect_checkpoint import main
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps on two ranks, with checkpoints at 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("run")
+    corpus = make_corpus(tmp_path_factory.mktemp("corpus"))
+    run = loop_run(corpus, folder, (1, 2, 1), settings={"zero": 2}, steps=6, save_every=2)
+    run_on_ranks(lambda rank: fit(trainer_of(run, build_mesh(1, 2, 1))), 2)
+    assert steps_in(folder / "checkpoints") == [2, 4, 6]
+    return folder
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    code = main([str(argument) for argument in arguments])
+    return code, "".join(capsys.readouterr())
+
+
+def test_overview(out: Path, capsys: pytest.CaptureFixture[str]):
+    for path in (out, out / "checkpoints"):
+        code, text = said(capsys, path, "--verify")
+        assert code == 0 and text.count("verified") == 3 and " 1  2  1  2 " in text
+    assert f"{6 * 16 * 8:15,}" in text
+
+
+def test_one(out: Path, capsys: pytest.CaptureFixture[str]):
+    code, text = said(capsys, out / "checkpoints" / "step-00000004", "--weights")
+    assert code == 0 and "step         4 (512 tokens; 4 optimizer steps)" in text
+    assert "dp 1, ep 2, tp 1, zero 2: 2 files" in text and "prose, code: step 4, seed 0, length 8" in text
+    assert "[4, 32, 24]" in text and "loss         1: " in text and "5: " not in text.partition("loss         ")[2]
+
+
+def test_two(out: Path, capsys: pytest.CaptureFixture[str]):
+    a, b = (out / "checkpoints" / f"step-0000000{step}" for step in (2, 4))
+    code, text = said(capsys, a, b, "--values")
+    assert code == 1 and "step: 2 -> 4" in text and "ffn.experts.w_down: master " in text and "layout" not in text
+    code, text = said(capsys, a, a)
+    assert code == 0 and text.strip() == "the files are the same, byte for byte"
+    code, text = said(capsys, a, a, "--values")
+    assert code == 0 and text.strip() == "all weights and moments have the same values"
+
+
+def test_damage(out: Path, capsys: pytest.CaptureFixture[str]):
+    folder = out / "checkpoints" / "step-00000006"
+    path = folder / "rank-00001.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    assert said(capsys, folder)[0] == 0  # its size holds
+    code, text = said(capsys, folder, "--verify")
+    assert code == 65 and "rank-00001.safetensors: changed since it was written" in text
+    path.write_bytes(whole[:-1])
+    code, text = said(capsys, out)
+    assert code == 65 and f"rank-00001.safetensors: {len(whole) - 1} bytes, written with {len(whole)}" in text
+    (folder / "manifest.json").write_text("{}")
+    code, text = said(capsys, folder)
+    assert code == 65 and "manifest.json: cut short or changed" in text
+
+
+def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code, text = said(capsys, tmp_path)
+    assert code == 78 and "no checkpoint there; give a run's --out" in text
