@@ -218,7 +218,7 @@ def main() -> int:
                 )
                 rows.append({"experts": shape.experts, "precision": precision, **result._asdict()})
     if options.json:
-        machine = {"platform": platform.platform(), "torch": version("torch"), "threads": options.threads}
+        machine = {"platform": f"{platform.system()} {platform.machine()}", "torch": version("torch"), "threads": options.threads}
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
     return 0
 
