@@ -15,7 +15,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,6 +25,7 @@ from moe_engine.config import Domain, Run
 from moe_engine.config_cli import Loaded, build_parser, load, print_config
 from moe_engine.errors import ConfigError, EngineError, Preempted
 from moe_engine.host.signals import Requests
+from moe_engine.log import Logger, printable
 
 
 def main(argv: list[str]) -> int:
@@ -53,7 +56,7 @@ def main(argv: list[str]) -> int:
         if rank > 0:  # rank 0 speaks for all; the launcher then ends this one, unless the trouble is here alone
             time.sleep(3)
         if rank == 0 or not isinstance(error, ConfigError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {on_lines(error)}", file=sys.stderr, flush=True)
         return error.exit_code
     except Exception as error:  # ours, or another rank is gone
         traceback.print_exc()
@@ -67,10 +70,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def on_lines(error: EngineError) -> str:
+    """An error's text as it is printed: problems of a list on lines of their own, all else escaped."""
+    mark = "\n  - "
+    return mark.join(map(printable, str(error).split(mark)))
+
+
 def pretrain(loaded: Loaded, rank: int, requests: Requests) -> None:
     """The run itself: folders and data by rank 0, then every rank trains."""
     from moe_engine.host.lock import lock
-    from moe_engine.log import Logger
 
     run = loaded.run
     out = Path(run.train.out)
@@ -83,35 +91,42 @@ def pretrain(loaded: Loaded, rank: int, requests: Requests) -> None:
         log.info(*loaded.derived)
         for warning in loaded.warnings:
             log.warn(warning)
-        device, mesh, store = start_ranks(run)
+        store, world = meet()
         from moe_engine.host.watch import Watch
-        from moe_engine.parallel.collectives import barrier
-        from moe_engine.train.corpus import open_corpus, prepare_default_corpus
-        from moe_engine.train.loop import build, fit
-        from moe_engine.train.summary import write_summary
 
-        if not run.data.domains:
-            folder = out / "data"
-            if rank == 0:
-                prepare_default_corpus(folder, run)
-            barrier(mesh.world)
-            run = run.model_copy(
-                update={"data": run.data.model_copy(update={"domains": (Domain(name="stdlib", path=str(folder)),)})}
-            )
-        train, held_out = open_corpus(run)
-        watch = Watch(store, rank, mesh.world.size, run.train.step_timeout, out)
-        trainer = build(run, mesh, device, train, held_out, log, requests, watch.beat)
-        with watch:
+        with Watch(store.clone(), rank, world, run.train.step_timeout, out) as watch:
             try:
-                fit(trainer)
+                train(run, rank, world, store, log, requests, watch.beat)
             except Exception as error:
                 error.add_note(f"on rank {rank}, at step {watch.at[0]}, {watch.at[1]}")
                 raise
         if rank == 0:
+            from moe_engine.train.summary import write_summary
+
             log.info(*write_summary(out, run))
     stop_ranks()
     if held:
         held.close()
+
+
+def train(
+    run: Run, rank: int, world: int, store: Any, log: Logger, requests: Requests, beat: Callable[[int, str], None]
+) -> None:
+    """Mesh, text and model of this rank, then the loop; every rank of the launch calls it."""
+    device, mesh = start_ranks(run, rank, world, store)
+    from moe_engine.parallel.collectives import barrier
+    from moe_engine.train.corpus import open_corpus, prepare_default_corpus
+    from moe_engine.train.loop import build, fit
+
+    if not run.data.domains:
+        folder = Path(run.train.out) / "data"
+        if rank == 0:
+            prepare_default_corpus(folder, run)
+        barrier(mesh.world)
+        run = run.model_copy(
+            update={"data": run.data.model_copy(update={"domains": (Domain(name="stdlib", path=str(folder)),)})}
+        )
+    fit(build(run, mesh, device, *open_corpus(run), log, requests, beat))
 
 
 def make_writable(out: Path) -> None:
@@ -132,8 +147,18 @@ def die_with_the_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def start_ranks(run: Run):
-    """This rank's device, mesh and the store that the ranks share; every rank of the launch calls it."""
+def meet() -> tuple[Any, int]:
+    """The store that the ranks of this launch share, and how many they are."""
+    import torch.distributed as dist
+
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 1
+    store, _, world = next(dist.rendezvous("env://"))
+    return store, world
+
+
+def start_ranks(run: Run, rank: int, world: int, store: Any):
+    """This rank's device and mesh; every rank of the launch calls it."""
     import torch
     import torch.distributed as dist
 
@@ -146,16 +171,8 @@ def start_ranks(run: Run):
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://"))
-    else:
-        store, rank, world = dist.HashStore(), 0, 1
     dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world)
-    return (
-        device,
-        build_mesh(run.parallel.dp, run.parallel.ep, run.parallel.tp),
-        dist.PrefixStore("watch", store.clone()),  # pyright: ignore[reportAttributeAccessIssue],
-    )
+    return device, build_mesh(run.parallel.dp, run.parallel.ep, run.parallel.tp)
 
 
 def stop_ranks() -> None:

@@ -20,9 +20,10 @@ from moe_engine.config import Model, Run
 from moe_engine.config_deepspeed import apply_deepspeed
 from moe_engine.config_files import parse_yaml, preset_names, read_mapping, read_model
 from moe_engine.config_layout import derive, layout_problems, without_effect
-from moe_engine.config_report import KEYS, problem_lines, refuse, shown, unknown_setting, validation_problems
+from moe_engine.config_report import KEYS, edits, problem_lines, refuse, shown, unknown_setting, validation_problems
 from moe_engine.config_report import nearest as nearest_name
 from moe_engine.errors import ConfigError
+from moe_engine.log import printable
 
 DEFAULT_MODEL = "tiny"
 
@@ -47,11 +48,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "--save-every": ("train.save_every", "N", "steps between checkpoints"),
     "--async-save": ("train.async_save", "", "write checkpoints while training goes on"),
     "--keep-last": ("train.keep_last", "N", "newest checkpoints to keep (default: all)"),
-    "--step-timeout": (
-        "train.step_timeout",
-        "S",
-        "end a run that made no progress for S seconds, and say why; 0: never",
-    ),
+    "--step-timeout": ("train.step_timeout", "S", "end a run without progress for S seconds, and say why; 0: never"),
     "--keep-every": ("train.keep_every", "N", "also keep the checkpoints of steps that N divides"),
 }
 
@@ -167,14 +164,13 @@ def unknown_flags(rest: list[str], parser: Parser) -> list[str]:
     valid = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     problems, expects_value = [], False
     for word in rest:
-        if word.startswith("--") and len(word) > 2:
-            flag = word.partition("=")[0]
+        flag = word.partition("=")[0]
+        guess = nearest_name(flag, valid)
+        if (word.startswith("--") and len(word) > 2) or (guess and not expects_value and edits(flag, guess) == 1):
             name = flag[2:].replace("-", "_")
             homes = [f"{section}.{key}" for section, keys in KEYS.items() for key in keys if key == name]
-            guess = nearest_name(flag, valid)
-            close = guess is not None and guess[2:].replace("-", "_") == name
             remedy = f"did you mean {guess}?" if guess else "--help lists the flags"
-            if homes and not close:
+            if homes and (guess or "")[2:].replace("-", "_") != name:
                 remedy = f"use --set {homes[0]}=VALUE"
             problems.append(f"{shown(flag)[1:-1]}: unknown flag, {remedy}")
             expects_value = "=" not in word
@@ -224,6 +220,7 @@ class Sources:
         except ConfigError as error:
             self.problems += problem_lines(error)
             return
+        path = printable(path)
         for section, keys in content.items():
             if section == "model" and isinstance(keys, str):
                 keys = {"preset": keys}
@@ -241,7 +238,10 @@ class Sources:
         dotted, equals, value = text.partition("=")
         section, dot, key = dotted.partition(".")
         if not equals or not dot or not key:
-            self.problems.append(f"--set {shown(text)}: expected section.key=value, such as --set optimizer.beta2=0.99")
+            guess = nearest_name(dotted, [f"{name}.{key}" for name, keys in KEYS.items() for key in keys])
+            near = guess and edits(dotted, guess) == 1  # a dot was lost
+            remedy = f"did you mean {guess}?" if near else "such as --set optimizer.beta2=0.99"
+            self.problems.append(f"--set {shown(text)}: expected section.key=value, {remedy}")
             return
         try:
             self.put(section, key, parse_yaml(value, f"--set {dotted}"), "--set")
@@ -262,7 +262,7 @@ def read_base(values: dict[str, dict[str, Any]], problems: list[str]) -> dict[st
     except ConfigError as error:
         problems += problem_lines(error)
         return None
-    problems += [unknown_setting("model", key, f" ({preset})") for key in base if key not in KEYS["model"]]
+    problems += [unknown_setting("model", key, printable(f" ({preset})")) for key in base if key not in KEYS["model"]]
     return {key: value for key, value in base.items() if key in KEYS["model"]}
 
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from moe_engine.config import Model
 from moe_engine.config_report import nearest, problem_lines, refuse, shown, validation_problems
 from moe_engine.errors import ConfigError
+from moe_engine.log import printable
 
 MAX_BYTES = 1 << 16
 MAX_ALIASES = 16
@@ -70,7 +71,7 @@ Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.r
 
 def read_text(path: str | Path) -> str:
     """The text of a small configuration file. ConfigError when it is missing, unreadable, too large or not UTF-8."""
-    name = shown(str(path))[1:-1]
+    name = printable(str(path))
     if not Path(path).is_file():
         raise ConfigError(f"{name}: not a file: give the path of a text file")
     try:
@@ -114,16 +115,16 @@ def check_shape(text: str, source: str) -> None:
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The top-level mapping of a .json or YAML file (an empty YAML file is an empty mapping)."""
-    text = read_text(path)
+    text, name = read_text(path), printable(str(path))
     if Path(path).suffix == ".json":
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: not valid JSON, {error}") from None
+            raise ConfigError(f"{name}: not valid JSON, {error}") from None
     else:
-        value = parse_yaml(text, str(path)) or {}
+        value = parse_yaml(text, name) or {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{path}: found {shown(value)}, expected a mapping of names to values")
+        raise ConfigError(f"{name}: found {shown(value)}, expected a mapping of names to values")
     return value
 
 
@@ -152,7 +153,7 @@ def read_model(name: str) -> dict[str, Any]:
     try:
         return model_from_hf(read_mapping(path)).model_dump(exclude_unset=True)
     except ConfigError as error:
-        refuse(f"{path}: {line}" for line in problem_lines(error))
+        refuse(f"{printable(str(path))}: {line}" for line in problem_lines(error))
 
 
 def model_from_hf(config: Mapping[str, Any]) -> Model:

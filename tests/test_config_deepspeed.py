@@ -141,6 +141,14 @@ def test_wrong_values_are_reported_with_the_file(tmp_path: Path) -> None:
     assert "not a file" in refused(["--deepspeed", str(tmp_path / "none.json")])
 
 
+def test_names_and_keys_are_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "a\n\x1b[2Jb.json"
+    path.write_text(json.dumps({"scheduler": {"x\x1b[2J": 1}, "gradient_clippin\ng": 1}))
+    message = refused(["--deepspeed", str(path)])
+    assert all(line.isprintable() for line in message.split("\n"))
+    assert r"a\n\x1b[2Jb.json: scheduler.x\x1b[2J: not read" in message and r"gradient_clippin\ng" in message
+
+
 def test_every_known_key_is_read_without_complaint(tmp_path: Path) -> None:
     content: dict[str, Any] = {}
     for dotted in KNOWN:

@@ -108,6 +108,11 @@ def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             read_mapping(tmp_path / name)
         assert str(tmp_path) in str(caught.value) and "\x00" not in str(caught.value)
+    for name, content in (("a\n\x1b[2Jb.json", "{"), ("a\n\x1b[2Jb.yaml", "[1]"), ("a\n\x1b[2Jb.yml", "a: [")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ConfigError) as caught:
+            read_mapping(tmp_path / name)
+        assert r"a\n\x1b[2Jb.y" in str(caught.value).replace(".json", ".yaml") and str(caught.value).isprintable()
     (tmp_path / "empty.yaml").write_bytes(b"\xef\xbb\xbf# nothing\n")
     assert read_mapping(tmp_path / "empty.yaml") == {}
 

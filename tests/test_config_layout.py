@@ -177,3 +177,20 @@ def test_typos_of_sections_and_flags() -> None:
         guess = name if name.startswith("--") else f"{name}.{KEYS[name][0]}"
         right += f"did you mean {guess}?" in str(caught.value)
     assert total > 150 and right / total >= 0.95, f"{right} of {total}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["-steps", "5"], "-steps: unknown flag, did you mean --steps?"),
+        (["--seed", "1", "-xx-dry-run"], "'-xx-dry-run': not a flag"),  # two edits
+        (["w--lr", "1"], "w--lr: unknown flag, did you mean --lr?"),
+        (["--set", "parallelzero=1"], "expected section.key=value, did you mean parallel.zero?"),
+        (["--set", "train-seed=1"], "expected section.key=value, did you mean train.seed?"),
+        (["--set", "seed=1"], "expected section.key=value, such as --set optimizer.beta2=0.99"),
+    ],
+)
+def test_a_dash_or_a_dot_that_is_missing(argv: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(argv, 1)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -151,6 +151,8 @@ def contend(pipe: Connection, name: str, shape: Shape, precision: Literal["fp32"
     import torch
     import torch.distributed as dist
 
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
     from moe_engine.host.memory import keep_freed_memory
     from moe_engine.parallel.mesh import Mesh
     from moe_engine.train.peak import measured_ceiling
@@ -218,7 +220,8 @@ def main() -> int:
                 )
                 rows.append({"experts": shape.experts, "precision": precision, **result._asdict()})
     if options.json:
-        machine = {"platform": f"{platform.system()} {platform.machine()}", "torch": version("torch"), "threads": options.threads}
+        system = f"{platform.system()} {platform.machine()}"
+        machine = {"platform": system, "torch": version("torch"), "threads": options.threads}
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
     return 0
 

@@ -156,6 +156,7 @@ def look(folder: Path, verify: bool) -> tuple[dict[str, Any] | None, list[str]]:
     """The manifest, None if it is damaged, and what is wrong."""
     from moe_engine.checkpoint.manifest import problems_of, read_manifest
     from moe_engine.errors import DataError
+    from moe_engine.host.files import size_in
 
     try:
         manifest = read_manifest(folder)
@@ -165,7 +166,7 @@ def look(folder: Path, verify: bool) -> tuple[dict[str, Any] | None, list[str]]:
         return manifest, problems_of(folder, manifest)
     problems = []
     for name, (count, *_) in manifest["files"].items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        size = size_in(folder, folder / name)
         if size != count:
             problems.append(f"{name}: {'missing' if size is None else f'{size} bytes'}, written with {count}")
     return manifest, problems

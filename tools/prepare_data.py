@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
         ]
         print(f"{name}: {'; '.join(counts)}; {domain['bad_rows']:,} bad rows, {domain['empty_documents']:,} empty")
     kind = manifest["tokenizer"]["kind"]
-    print(f"{args.out}: {manifest['tokens']:,} tokens, vocabulary {manifest['vocab_size']:,} ({kind})")
+    print(f"{printable(args.out)}: {manifest['tokens']:,} tokens, vocabulary {manifest['vocab_size']:,} ({kind})")
     return 0
 
 

@@ -20,7 +20,7 @@ CONSEQUENCE = {"steps": "the learning rate follows the new schedule from here on
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One line for each setting that moves the losses; ConfigError, with all of them, when the model is another.
 
-    Both are `Run`s as JSON. A key that one of them does not know has its default there.
+    Both are `Run`s as JSON. A key that one of them does not know, being of another version, is passed over.
     """
     if model := [
         f"model.{key} is {was} there and {here} in the run" for key, was, here in _differ(saved, now, "model")

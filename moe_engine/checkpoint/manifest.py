@@ -9,12 +9,14 @@ It is read as bytes first and as JSON only when they are the ones that were writ
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from moe_engine.checkpoint import disk
 from moe_engine.checkpoint.shard import digest_of
 from moe_engine.errors import DataError
+from moe_engine.host.files import size_in
 
 FORMAT = 2
 NAME = "manifest.json"
@@ -29,7 +31,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder; DataError when it is missing, damaged or of another format."""
-    path = folder / NAME
+    path = file_in(folder, NAME)
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -40,10 +42,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if found not in (None, FORMAT):
             raise DataError(f"{folder}: format {found}, this version reads format {FORMAT}")
         raise DataError(f"{path}: cut short or changed since it was written")
-    manifest = json.loads(text)
-    if manifest["format"] != FORMAT:
-        raise DataError(f"{folder}: format {manifest['format']}, this version reads format {FORMAT}")
-    return manifest
+    if (found := _format_of(text)) != FORMAT:
+        raise DataError(f"{folder}: format {found}, this version reads format {FORMAT}")
+    return json.loads(text)
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """Where a file lies that a checkpoint should hold. DataError unless it is a regular file of the folder itself."""
+    if size_in(folder, folder / name) is None:
+        raise DataError(f"{folder}: {name[:80]!r} is missing or no regular file; this is no complete checkpoint")
+    return folder / name
 
 
 def _format_of(text: bytes) -> Any:
@@ -60,17 +68,20 @@ def problems_of(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
     if part == 0:
         there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {NAME}
         problems += [f"{folder / name}: not a file of this checkpoint" for name in sorted(there - expected.keys())]
-    if manifest["step"] != int(folder.name.partition("-")[2].partition(".")[0] or -1):
+    named = re.fullmatch(r"step-(\d+)", folder.name)
+    if named and int(named[1]) != manifest["step"]:
         problems.append(f"{folder}: holds step {manifest['step']}; the folder was renamed or copied")
     for name in sorted(expected)[part::parts]:
         count, fast, _ = expected[name]
-        path = folder / name
         try:
+            path = file_in(folder, name)
             size = path.stat().st_size
             if size != count:
                 problems.append(f"{path}: {size} bytes, written with {count}")
             elif digest_of(path) != (count, fast):
                 problems.append(f"{path}: changed since it was written (its xxh3 differs)")
+        except DataError as error:
+            problems.append(str(error))
         except OSError as error:
-            problems.append(f"{path}: {error.strerror}")
+            problems.append(f"{folder / name}: {error.strerror}")
     return problems

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_engine.checkpoint.folders import folder_of, set_aside, steps_in
-from moe_engine.checkpoint.manifest import problems_of, read_manifest
+from moe_engine.checkpoint.manifest import file_in, problems_of, read_manifest
 from moe_engine.checkpoint.pieces import Box, Piece, overlap, within
 from moe_engine.checkpoint.shard import open_shard
 from moe_engine.errors import ConfigError, DataError, StorageError
@@ -81,7 +81,7 @@ class Reader:
 
     def __init__(self, folder: Path):
         self.folder, self.manifest = folder, read_manifest(folder)
-        self.files = {name: open_shard(folder / name) for name in self.manifest["files"]}
+        self.files = {name: open_shard(file_in(folder, name)) for name in self.manifest["files"]}
         self.pieces: dict[str, list[tuple[str, int, Piece]]] = {}
         for file, opened in self.files.items():
             for i, (name, box, start, length) in enumerate(json.loads(opened.metadata()["pieces"])):

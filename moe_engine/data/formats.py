@@ -82,6 +82,8 @@ def list_files(paths: Iterable[str | Path]) -> list[Path]:
             if not found:
                 known = " ".join(TEXT_SUFFIXES + ROW_SUFFIXES)
                 raise DataError(f"{path}: no file to read in this folder; expected {known} (each also with .gz)")
+            if odd := next((file for file in found if not file.is_file()), None):
+                raise DataError(f"{odd}: a pipe, a device or a link to nothing, not a file; take it out of the folder")
             files.update(dict.fromkeys(found))
         elif path.is_file():
             if path.suffix in OTHER_COMPRESSION:

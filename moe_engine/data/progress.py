@@ -52,8 +52,8 @@ class Progress:
         """Shows the first bad rows; the rest is counted."""
         self.bad_rows += 1
         if self.bad_rows <= SHOWN_BAD_ROWS:
-            show = self.bar.console.print if self.bar is not None else lambda line: print(line, file=sys.stderr)
-            show(printable(f"skipped {text}"))
+            show = self.bar.console.print if self.bar is not None else lambda line, **_: print(line, file=sys.stderr)
+            show(printable(f"skipped {text}"), markup=False, highlight=False)  # rows may hold [brackets]
 
     def _line(self, verb: str) -> str:
         rate = self.tokens / max(time.monotonic() - self.start, 1e-9)

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.host.files import size_in
 
 FORMAT = "moe_engine.tokens"
 VERSION = 1
@@ -59,11 +60,9 @@ class ShardWriter:
                 self.file.write(tokens[:taken].astype(self.dtype, copy=False).data)
                 self.lengths.append(lengths[start : start + count])
                 tokens, start = tokens[taken:], start + count
-                self.in_shard, self.tokens, self.documents = (
-                    self.in_shard + taken,
-                    self.tokens + taken,
-                    self.documents + count,
-                )
+                self.in_shard += taken
+                self.tokens += taken
+                self.documents += count
             if start < len(lengths):
                 self._finish_shard()
 
@@ -133,9 +132,7 @@ def publish(out: Path) -> Iterator[Path]:
             if not os.path.samestat(os.fstat(lock), partial.stat()):
                 raise BlockingIOError
         except OSError:
-            raise ConfigError(
-                f"{out}: another preparation is writing to it; wait for it or choose another folder"
-            ) from None
+            raise ConfigError(f"{out}: another preparation is writing to it; wait or choose another folder") from None
         try:
             for left_over in partial.iterdir():
                 left_over.unlink()
@@ -169,10 +166,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     remedy = "make it with tools/prepare_data.py --input FILES --out FOLDER"
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of prepared data; {remedy}")
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder}: holds no {MANIFEST}, so no prepared data; {remedy}")
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{folder}: holds no {MANIFEST}, so no prepared data; {remedy}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / MANIFEST}: cannot be read ({error}); prepare the data again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
@@ -196,7 +193,9 @@ class TokenDataset:
                 f"{folder}: token id {entry['max_id']} of domain {domain!r} is outside the model's vocabulary of "
                 f"{self.vocab_size}; set model.vocab_size >= {manifest['vocab_size']} or use the model's tokenizer"
             )
-        dtype = np.dtype(manifest["dtype"])
+        dtype = token_dtype(manifest["vocab_size"])
+        if manifest["dtype"] != dtype.str:  # mapped as anything else, an object say, bytes of the file would act
+            raise DataError(f"{folder}: tokens of type {manifest['dtype']!r}, expected {dtype.str}; prepare it again")
         self.shards = [self._map(shard, dtype) for shard in entry["shards"]]
         offsets = [self._offsets(shard) for shard in entry["shards"]]
         self.lengths = np.concatenate([np.diff(o) for o in offsets]) if offsets else np.empty(0, np.int64)
@@ -238,7 +237,7 @@ class TokenDataset:
         return offsets
 
     def _check_size(self, path: Path, expected: int) -> None:
-        found = path.stat().st_size if path.is_file() else None
+        found = size_in(self.folder, path)
         if found != expected:
-            what = "is missing" if found is None else f"has {found} bytes"
-            raise DataError(f"{path}: {what}, {MANIFEST} says {expected}; copy it again or prepare the data again")
+            what = "is missing, or no regular file of this folder" if found is None else f"has {found} bytes"
+            raise DataError(f"{str(path)[:500]}: {what}, {MANIFEST} says {expected}; copy it or prepare the data again")

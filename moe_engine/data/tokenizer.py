@@ -28,14 +28,7 @@ KINDS = "bytes | SentencePiece .model | folder with tokenizer.json | Llama 3 tik
 END_OF_DOCUMENT = 256  # of the bytes tokenizer
 EOS_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|im_end|>")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")
-HF_FILES = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "config.json",
-)
+HF_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
 LLAMA3_SPLIT = "|".join(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
@@ -107,11 +100,11 @@ def _from_file(spec: str, path: Path, content: bytes) -> Tokenizer:
 
 def _read(spec: str, path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if path.is_file() else b""
     except OSError as error:
         raise ConfigError(f"tokenizer {spec}: {path} cannot be read ({error.strerror}); expected {KINDS}") from None
     if not content:
-        raise ConfigError(f"tokenizer {spec}: {path} is empty; expected {KINDS}")
+        raise ConfigError(f"tokenizer {spec}: {path} is empty, or no regular file; expected {KINDS}")
     return content
 
 
@@ -220,7 +213,7 @@ def _hugging_face(spec: str, folder: Path, content: bytes | None) -> Tokenizer:
         raise ConfigError(f"tokenizer {spec}: not a Hugging Face tokenizer ({error}); expected {KINDS}") from None
     model.no_truncation()
     model.no_padding()
-    settings = {name: _json_object(folder / name) for name in HF_FILES[3:]}
+    settings = {name: _json_object(folder / name) for name in HF_SETTINGS}
     _add_missing_tokens(spec, model, settings["tokenizer_config.json"])
     model.encode_special_tokens = True
     eos_id = _special_id(model, settings, "eos_token", EOS_NAMES)
@@ -229,7 +222,9 @@ def _hugging_face(spec: str, folder: Path, content: bytes | None) -> Tokenizer:
         raise ConfigError(
             f"tokenizer {spec}: no end-of-text token; name one as eos_token in {folder / 'tokenizer_config.json'}"
         )
-    files = [content] if content is not None else [(folder / name).read_bytes() for name in HF_FILES[1:3]]
+    files = (
+        [content] if content is not None else [(folder / name).read_bytes() for name in ("vocab.json", "merges.txt")]
+    )
     vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
     name = _fingerprint("hf", eos_id, bos_id, *files)
 
@@ -244,7 +239,7 @@ def _hugging_face(spec: str, folder: Path, content: bytes | None) -> Tokenizer:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

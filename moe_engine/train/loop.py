@@ -68,6 +68,7 @@ def build(
 
     requests: what signals ask for, if the process listens. beat: told of progress, see host/watch.py.
     """
+    beat(0, "building the model")
     if device.type == "cpu":
         keep_freed_memory()
     with device:
@@ -104,7 +105,9 @@ def fit(trainer: Trainer) -> None:
     EngineError after five skipped steps in a row; Preempted, when all is saved, after a signal to stop.
     """
     run, log = trainer.run, trainer.log
+    trainer.beat(0, "looking for a checkpoint")
     start, tokens_seen = resume(trainer)
+    trainer.beat(start, "starting")
     log.truncate_after(start)
     if not trainer.held_out:
         log.warn("no held-out text: nothing is evaluated (prepare_data --eval-fraction sets some aside)")

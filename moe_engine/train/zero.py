@@ -54,7 +54,7 @@ class ZeroEngine:
     """A model under DeepSpeed: forward, backward, step, and the states that this rank owns."""
 
     def __init__(self, model: nn.Module, run: Run, mesh: Mesh):
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # of a skipped step the loop says more
         warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # names that it still calls
         self.model = model
         self.mesh, self.stage, self.clip = mesh, run.parallel.zero, run.optimizer.clip_grad

@@ -1,13 +1,16 @@
 """What is read is what was written, from any cut; what was changed on the way is refused before it is read."""
 
+import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from moe_engine.checkpoint.manifest import read_manifest
+from moe_engine.checkpoint.manifest import SEAL, read_manifest, write_manifest
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import Reader, choose, verify
 from moe_engine.checkpoint.saver import Saver, Shard
@@ -122,8 +125,6 @@ def test_none_is_whole(tmp_path: Path):
 
 def test_a_sealed_manifest_may_still_lack_things(tmp_path: Path):
     """Damage that somebody made with care: no traceback either."""
-    from moe_engine.checkpoint.manifest import write_manifest
-
     folder = save_one(tmp_path)
     write_manifest(folder, {"step": 3, "files": {"rank-00000.safetensors": 7}})
     assert "a manifest without what belongs there" in verify(folder, ALONE)[0]
@@ -131,9 +132,53 @@ def test_a_sealed_manifest_may_still_lack_things(tmp_path: Path):
     assert "a manifest without what belongs there" in verify(folder, ALONE)[0]
 
 
+@pytest.mark.parametrize("body", [b"no JSON", b"[1]", b'{"format": 1'])
+def test_a_sealed_file_may_be_no_manifest(tmp_path: Path, body: bytes):
+    folder = save_one(tmp_path)
+    seal = SEAL + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n'
+    (folder / "manifest.json").write_bytes(body + seal)
+    with pytest.raises(DataError, match="this version reads format 2"):
+        read_manifest(folder)
+
+
+OUTSIDE: dict[str, Callable[[Path], str]] = {
+    "parent": lambda shard: f"../{shutil.move(shard, shard.parent.parent / 'x') and 'x'}",
+    "absolute": lambda shard: str(shutil.move(shard, shard.parent.parent / "x")),
+    "below": lambda shard: (shutil.copytree(shard.parent, shard.parent / ".y"), shard.unlink(), f".y/{shard.name}")[2],
+    "link": lambda shard: (shard.symlink_to(shutil.move(shard, shard.parent.parent / "x")), shard.name)[1],
+    "folder": lambda shard: (shard.unlink(), shard.mkdir(), shard.name)[2],
+    "NUL": lambda shard: f"{shard.name}\0",
+    "huge": lambda shard: "a" * 70_000,
+}
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_names_that_lead_elsewhere_are_not_followed(tmp_path: Path, kind: str):
+    folder = save_one(tmp_path)
+    content = read_manifest(folder)
+    (entry,) = content["files"].values()
+    name = OUTSIDE[kind](folder / "rank-00000.safetensors")
+    write_manifest(folder, content | {"files": {name: entry}})
+    problems = verify(folder, ALONE)
+    assert problems and all(problem.startswith(str(folder)) and len(problem) < 1000 for problem in problems)
+    with pytest.raises(DataError):
+        Reader(folder)
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "manifest.json"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str):
+    folder = save_one(tmp_path)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    (problem,) = verify(folder, ALONE)
+    assert "no regular file" in problem and name in problem
+
+
 def test_a_folder_of_another_step_is_not_taken_for_it(tmp_path: Path):
     save_one(tmp_path, 3).rename(tmp_path / "step-00000009")
     assert "holds step 3; the folder was renamed or copied" in verify(tmp_path / "step-00000009", ALONE)[0]
+    best = (tmp_path / "step-00000009").rename(tmp_path / "best-so-far")
+    assert choose(str(best), tmp_path, ALONE, print) == best  # a copy under a name of one's own
 
 
 def test_shards_of_two_steps_do_not_mix(tmp_path: Path):

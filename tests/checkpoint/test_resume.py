@@ -123,6 +123,21 @@ def test_another_layout_continues_the_same_run(
         torch.testing.assert_close(found.extra(0)[key], wanted.extra(0)[key])
 
 
+@pytest.mark.slow
+def test_twenty_steps_on_eight_ranks_then_on_others(corpus: Path, tmp_path: Path):
+    """dp 4 x ep 2, then dp 2 x ep 2 x tp 2, ep 8, and one process: the losses of the run that was never interrupted."""
+    settings = {"zero": 2, "model": BIASED | {"num_local_experts": 8}}
+    straight = train(corpus, tmp_path / "straight", (4, 2, 1), settings, steps=30, save_every=20)
+    half = tmp_path / "straight" / "checkpoints" / "step-00000020"
+    for layout in ((2, 2, 2), (1, 8, 1), (1, 1, 1)):
+        out = tmp_path / "x".join(map(str, layout))
+        resumed = train(corpus, out, layout, settings, steps=30, resume=str(half))
+        assert [row["step"] for row in resumed] == list(range(21, 31))
+        for ours, theirs in zip(resumed, straight[20:], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), (layout, ours["step"])
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5), (layout, ours["step"])
+
+
 def test_auto(corpus: Path, tmp_path: Path):
     """Nothing there: a fresh run. Something there: the newest, with rows of later steps dropped from the log."""
     settings = {"zero": 1}

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -251,6 +253,14 @@ def test_list_files_is_sorted_and_complete(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gzip"):
         (tmp_path / "a.zst").write_text("x")
         list_files([tmp_path / "a.zst"])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda p: p.symlink_to("no")])
+def test_what_is_no_file_in_a_folder_is_named(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    (tmp_path / "b.txt").write_text("x")
+    make(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"a\.txt: a pipe, a device or a link to nothing"):
+        list_files([tmp_path])
 
 
 @needs_shared

@@ -113,6 +113,39 @@ def test_damaged_folder_is_refused(make_dataset, tmp_path: Path) -> None:  # typ
         read_manifest(tmp_path / "nowhere")
 
 
+def test_what_a_manifest_names_lies_in_the_folder(make_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = make_dataset("d", {"web": [[1, 2, 3], [4, 5]]})
+    manifest = json.loads((folder / MANIFEST).read_text())
+    shard = manifest["domains"]["web"]["splits"]["train"]["shards"][0]
+    for suffix in ("bin", "idx"):
+        shutil.copy(folder / f"web-train-00000.{suffix}", tmp_path / f"out.{suffix}")
+    for name in ("../out.bin", str(tmp_path / "out.bin"), "a" * 70_000, "", "..", "web-train-00000.bin\0"):
+        shard["file"] = name
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match="no regular file of this folder"):
+            TokenDataset(folder, "web", "train")
+    for suffix in ("idx", "bin"):
+        (folder / f"link.{suffix}").symlink_to(tmp_path / f"out.{suffix}")
+        shard["file"] = "link.bin"
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match="no regular file of this folder"):
+            TokenDataset(folder, "web", "train")
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST)
+    with pytest.raises(DataError, match=r"holds no manifest.json"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("dtype", ["|O", "<u4", "<i8", [["a", "<u2"]]])
+def test_tokens_of_another_type_are_refused(make_dataset, dtype: object) -> None:  # type: ignore[no-untyped-def]
+    """As objects, the bytes of the file would be pointers."""
+    folder = make_dataset("d", {"web": [[1, 2, 3], [4, 5]]})
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"dtype": dtype}))
+    with pytest.raises(DataError, match="expected <u2"):
+        TokenDataset(folder, "web", "train")
+
+
 def test_publish_is_all_or_nothing(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     with pytest.raises(RuntimeError), publish(out) as folder:

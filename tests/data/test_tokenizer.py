@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import time
 from pathlib import Path
 
@@ -152,6 +153,16 @@ def test_broken_file_is_one_clear_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         load_tokenizer(str(tmp_path / name))
     assert time.monotonic() - begun < 2
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t.model")
+    with pytest.raises(ConfigError, match=r"t\.model is empty, or no regular file"):
+        load_tokenizer(str(tmp_path))
+    make_hf(tmp_path, {"a": 0, "<end>": 1}, {"eos_token": "<end>"})
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "special_tokens_map.json")
+    assert load_tokenizer(str(tmp_path)).eos_id == 1
 
 
 def test_missing_tokenizer_is_one_clear_error(tmp_path: Path) -> None:

@@ -90,6 +90,19 @@ def test_wrong_settings_are_refused_at_once(arguments: tuple[str, ...], wanted: 
     assert done.seconds < 2
 
 
+def test_names_are_printed_escaped(tmp_path: Path):
+    evil = "x\x1b[2J\nerror: forged"
+    for arguments in (
+        ("--data", f"a={tmp_path}/{evil}", "--dry-run"),
+        ("--out", f"/dev/null/{evil}"),
+        ("--config", f"{tmp_path}/{evil}.yaml", "--lr", "-1"),
+    ):
+        done = run(*arguments)
+        assert done.code in (65, 78) and r"x\x1b[2J\nerror: forged" in done.err, done.err
+        assert "\x1b" not in done.err and "\nerror" not in done.err
+    assert "\n  - optimizer.lr" in done.err  # a list of problems keeps its lines
+
+
 def test_all_problems_come_in_one_report():
     done = run("--ep", "3", "--set", "model.foo=1", "--lr", "-1")
     assert done.code == 78 and done.seconds < 2

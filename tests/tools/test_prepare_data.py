@@ -45,6 +45,12 @@ def test_prepares_several_domains(tmp_path: Path) -> None:
     assert run(*arguments, "--on-bad-row", "skip", "--eval-fraction", "0", "--quiet").stderr == ""
 
 
+def test_names_are_printed_escaped(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    done = run("--input", tmp_path / "a.txt", "--out", tmp_path / "x\x1b[2J\ny", "--quiet")
+    assert done.returncode == 0 and r"x\x1b[2J\ny: " in done.stdout and "\x1b" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
