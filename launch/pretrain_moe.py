@@ -10,12 +10,14 @@ configuration.
 """
 
 import ctypes
+import errno
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe_engine.config import Domain, Run
 from moe_engine.config_cli import Loaded, build_parser, load, print_config
-from moe_engine.errors import ConfigError, EngineError, Preempted
+from moe_engine.errors import ConfigError, EngineError, Preempted, StorageError
 from moe_engine.host.signals import Requests
 from moe_engine.log import Logger, printable
 
@@ -33,7 +35,6 @@ def main(argv: list[str]) -> int:
     # nothing is compiled, but DeepSpeed would load the compiler all the same
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     rank, world = int(os.environ.get("RANK", 0)), os.environ.get("WORLD_SIZE")
-    requests = Requests().listen()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_the_launcher()
     try:
@@ -44,11 +45,11 @@ def main(argv: list[str]) -> int:
             print(print_config(loaded), end="") if rank == 0 else None
             return 0
         if loaded.dry_run:
-            from moe_engine.train.dry_run import describe
+            from moe_engine.plan.dry_run import describe
 
             print("\n".join(describe(loaded))) if rank == 0 else None
             return 0
-        pretrain(loaded, rank, requests)
+        pretrain(loaded, rank)
     except Preempted as stop:
         print(stop, flush=True) if rank == 0 else None
         return stop.exit_code
@@ -76,7 +77,7 @@ def on_lines(error: EngineError) -> str:
     return mark.join(map(printable, str(error).split(mark)))
 
 
-def pretrain(loaded: Loaded, rank: int, requests: Requests) -> None:
+def pretrain(loaded: Loaded, rank: int) -> None:
     """The run itself: folders and data by rank 0, then every rank trains."""
     from moe_engine.host.lock import lock
 
@@ -89,14 +90,15 @@ def pretrain(loaded: Loaded, rank: int, requests: Requests) -> None:
     log = Logger(out, rank == 0, run.train.steps, log_every=run.train.log_every)
     with log:
         log.info(*loaded.derived)
-        for warning in loaded.warnings:
-            log.warn(warning)
+        log.warn(*loaded.warnings)
+        if rank == 0 and held is None:
+            log.warn(f"the file system of --out {out} has no locks: see to it that no other run writes there")
         store, world = meet()
         from moe_engine.host.watch import Watch
 
         with Watch(store.clone(), rank, world, run.train.step_timeout, out) as watch:
             try:
-                train(run, rank, world, store, log, requests, watch.beat)
+                train(run, rank, world, store, log, watch.beat)
             except Exception as error:
                 error.add_note(f"on rank {rank}, at step {watch.at[0]}, {watch.at[1]}")
                 raise
@@ -109,13 +111,12 @@ def pretrain(loaded: Loaded, rank: int, requests: Requests) -> None:
         held.close()
 
 
-def train(
-    run: Run, rank: int, world: int, store: Any, log: Logger, requests: Requests, beat: Callable[[int, str], None]
-) -> None:
+def train(run: Run, rank: int, world: int, store: Any, log: Logger, beat: Callable[[int, str], None]) -> None:
     """Mesh, text and model of this rank, then the loop; every rank of the launch calls it."""
     device, mesh = start_ranks(run, rank, world, store)
+    requests = Requests().listen()  # until here a signal ends a rank at once: it waits for others, and has done nothing
+    from moe_engine.data.corpus import open_corpus, prepare_default_corpus
     from moe_engine.parallel.collectives import barrier
-    from moe_engine.train.corpus import open_corpus, prepare_default_corpus
     from moe_engine.train.loop import build, fit
 
     if not run.data.domains:
@@ -137,7 +138,8 @@ def make_writable(out: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"--out {out}: {error.strerror}; choose a folder that you can write to") from error
+        kind = StorageError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else ConfigError
+        raise kind(f"--out {out}: {error.strerror}; choose a folder that you can write to") from error
 
 
 def die_with_the_launcher() -> None:
@@ -171,8 +173,11 @@ def start_ranks(run: Run, rank: int, world: int, store: Any):
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world)
-    return device, build_mesh(run.parallel.dp, run.parallel.ep, run.parallel.tp)
+    # the watch has the first word: the backend gives up after it, or never
+    timeout = timedelta(seconds=2 * run.train.step_timeout + 120) if run.train.step_timeout else timedelta(days=365)
+    named = dist.PrefixStore("ranks", store)
+    dist.init_process_group(backend, store=named, rank=rank, world_size=world, timeout=timeout)
+    return device, build_mesh(run.parallel.dp, run.parallel.ep, run.parallel.tp, timeout)
 
 
 def stop_ranks() -> None:

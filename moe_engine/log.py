@@ -10,6 +10,7 @@ Only the main rank writes; on every other rank all methods do nothing. Text that
 rows) is printed with control characters escaped, so that data cannot move the cursor or forge a line.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -126,10 +127,9 @@ class Logger:
     def close(self) -> None:
         """Close the files and the live line. Calling it twice is harmless."""
         self._stop_live()
-        if self._board:
-            self._board.close()
-        for file in self._files.values():
-            file.close()
+        for file in [*self._files.values(), *([self._board] if self._board else [])]:
+            with contextlib.suppress(OSError):  # a full disk must not hide why the run ends
+                file.close()
         self._files, self._board = {}, None
 
     def _print(self, line: str, stream: TextIO) -> None:
@@ -159,8 +159,12 @@ class Logger:
                 return
             purge = None if self._resumed_at is None else self._resumed_at + 1
             self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=purge)
-        for tag, value in scalars.items():
-            self._board.add_scalar(tag, value, step)
+        try:
+            for tag, value in scalars.items():
+                self._board.add_scalar(tag, value, step)
+        except OSError as error:  # its own thread met it some rows ago
+            self._board = False
+            self.warn(f"{self.out / 'tensorboard'}: {error}; no more events are written, metrics.jsonl has the numbers")
 
     def _progress(self, row: dict[str, Any]) -> None:
         if self._first is None:

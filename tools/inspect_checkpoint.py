@@ -130,14 +130,14 @@ def compare(a: Path, b: Path, values: bool) -> tuple[list[str], int]:
     lines += [f"{name}: shape {one[name]} -> {other[name]}" for name in both if one[name] != other[name]]
     if values:
         lines += moved(a, b, [name for name in both if one[name] == other[name]])
-    elif first["files"] == second["files"]:
-        lines.append("the files are the same, byte for byte")
-    differ = any(line for line in lines if "byte for byte" not in line and "the same values" not in line)
-    return lines or ["nothing differs but the numbers in the files (--values compares them)"], DIFFERENT * differ
+    if lines:
+        return lines, DIFFERENT
+    same = first["files"] == second["files"]
+    return ["the same, byte for byte" if same else "the same values" if values else "the same, but for the numbers"], 0
 
 
 def moved(a: Path, b: Path, names: Sequence[str]) -> list[str]:
-    """For each weight and kind |b - a| / |a|; one weight at a time is in memory."""
+    """For each weight and kind |b - a| / |a|, and expert biases that differ; one weight at a time is in memory."""
     from moe_engine.checkpoint.reader import Reader
 
     first, second = Reader(a), Reader(b)
@@ -149,7 +149,9 @@ def moved(a: Path, b: Path, names: Sequence[str]) -> list[str]:
             if not bool((was == now).all()):
                 cells.append(f"{kind} {float((now - was).norm() / was.norm().clamp(min=1e-30)):.3e}")
         lines += [f"{name}: " + ", ".join(cells)] if cells else []
-    return lines or ["all weights and moments have the same values"]
+    was, now = first.extra(0), second.extra(0)
+    biases = sorted(name for name in was.keys() & now.keys() if name.startswith("expert_bias"))
+    return lines + [f"{name} differs" for name in biases if not bool((was[name] == now[name]).all())]
 
 
 def look(folder: Path, verify: bool) -> tuple[dict[str, Any] | None, list[str]]:

@@ -44,9 +44,10 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and the missing ones above it."""
+    """Make a folder and the missing ones above it, and sync the name of the folder."""
     with storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    sync_folder(folder.parent)
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
@@ -85,6 +86,9 @@ def remove(folder: Path) -> None:
     if not folder.is_dir():
         return
     with storage(folder):
+        if folder.is_symlink():
+            folder.unlink()
+            return
         for path in sorted(folder.iterdir(), key=lambda path: path.name != "manifest.json"):
             path.unlink()
         folder.rmdir()

@@ -56,9 +56,10 @@ def tidy(root: Path) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Rename a checkpoint so that nothing reads it; returns its new place."""
-    aside = folder.with_suffix(".aside")
-    disk.remove(aside)
+    names = (folder.with_suffix(f".aside{more}") for more in ("", *(f"-{i}" for i in range(2, 1000))))
+    aside = next(name for name in names if not name.exists())
     disk.rename(folder, aside)
+    disk.sync_folder(folder.parent)
     return aside
 
 
@@ -71,6 +72,7 @@ def prune(root: Path, keep_last: int, keep_every: int) -> list[Path]:
         return []
     steps = steps_in(root)
     old = [step for step in steps[:-keep_last] if not (keep_every and step % keep_every == 0)]
+    old = [step for step in old if not folder_of(root, step).is_symlink()]  # somebody keeps it elsewhere
     for step in old:
         folder = folder_of(root, step)
         disk.rename(folder, folder.with_suffix(".tmp"))  # half of it would look complete

@@ -10,12 +10,13 @@ It is read as bytes first and as JSON only when they are the ones that were writ
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moe_engine.checkpoint import disk
 from moe_engine.checkpoint.shard import digest_of
-from moe_engine.errors import DataError
+from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import size_in
 
 FORMAT = 2
@@ -30,20 +31,20 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder; DataError when it is missing, damaged or of another format."""
+    """The manifest of a folder. DataError when it is missing or damaged, ConfigError when it is of another format, and
+    OSError when it could not be read."""
     path = file_in(folder, NAME)
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; this is no complete checkpoint") from error
+    text = path.read_bytes()
     body, seal, rest = text.rpartition(SEAL)
     if not seal or rest != hashlib.sha256(body).hexdigest().encode() + b'"\n}\n':
-        found = _format_of(text)
-        if found not in (None, FORMAT):
-            raise DataError(f"{folder}: format {found}, this version reads format {FORMAT}")
         raise DataError(f"{path}: cut short or changed since it was written")
-    if (found := _format_of(text)) != FORMAT:
-        raise DataError(f"{folder}: format {found}, this version reads format {FORMAT}")
+    found = _format_of(text)
+    if found is None:
+        raise DataError(f"{path}: says nothing of a format; this is no manifest")
+    if found != FORMAT:
+        raise ConfigError(
+            f"{folder}: format {found}, this version reads format {FORMAT}; resume with the version that wrote it"
+        )
     return json.loads(text)
 
 
@@ -61,8 +62,13 @@ def _format_of(text: bytes) -> Any:
         return None
 
 
-def problems_of(folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a folder's files, one line each; of `parts` readers, `part` hashes every parts-th file."""
+def problems_of(
+    folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1, beat: Callable[[], None] = lambda: None
+) -> list[str]:
+    """What is wrong with a folder's files, one line each; of `parts` readers, `part` hashes every parts-th file.
+
+    beat: called as it goes on. OSError when a file cannot be read: that says nothing about what it holds.
+    """
     problems = []
     expected = manifest["files"]
     if part == 0:
@@ -78,10 +84,8 @@ def problems_of(folder: Path, manifest: dict[str, Any], part: int = 0, parts: in
             size = path.stat().st_size
             if size != count:
                 problems.append(f"{path}: {size} bytes, written with {count}")
-            elif digest_of(path) != (count, fast):
+            elif digest_of(path, beat) != (count, fast):
                 problems.append(f"{path}: changed since it was written (its xxh3 differs)")
         except DataError as error:
             problems.append(str(error))
-        except OSError as error:
-            problems.append(f"{folder / name}: {error.strerror}")
     return problems

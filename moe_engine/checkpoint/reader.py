@@ -12,66 +12,78 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_engine.checkpoint.folders import folder_of, set_aside, steps_in
-from moe_engine.checkpoint.manifest import file_in, problems_of, read_manifest
+from moe_engine.checkpoint.agreement import together
+from moe_engine.checkpoint.folders import folder_of, steps_in
+from moe_engine.checkpoint.manifest import NAME, file_in, problems_of, read_manifest
 from moe_engine.checkpoint.pieces import Box, Piece, overlap, within
 from moe_engine.checkpoint.shard import open_shard
-from moe_engine.errors import ConfigError, DataError, StorageError
+from moe_engine.errors import ConfigError, DataError
 from moe_engine.parallel.collectives import gather_bytes
 from moe_engine.parallel.mesh import Axis
 
 
-def choose(resume: str, root: Path, world: Axis, warn: Callable[[str], None]) -> Path | None:
+def choose(
+    resume: str, root: Path, world: Axis, warn: Callable[[str], None], beat: Callable[[], None] = lambda: None
+) -> Path | None:
     """The verified folder that `resume` means, a path or "auto"; None when auto finds nothing. Collective.
 
-    auto sets damaged checkpoints aside. DataError when none is whole, or the one at the path is not.
+    DataError when none is whole, or the one at the path is not; nothing is renamed or removed. beat: called as reading
+    goes on.
     """
     if resume != "auto":
         folder = Path(resume)
-        if not (folder / "manifest.json").is_file():
-            raise ConfigError(
-                f"--resume {resume}: no manifest.json there; give a folder step-N written by this engine, or auto"
-            )
-        if problems := verify(folder, world):
+        together(lambda: _present(folder, resume), world)
+        if problems := verify(folder, world, beat):
             raise DataError("; ".join(problems) + "; resume from another checkpoint")
         return folder
-    seen = gather_bytes(json.dumps(steps_in(root)).encode(), world)  # rank 0's word counts
-    steps: list[int] = json.loads(seen[0])
-    if any(other != seen[0] for other in seen):
-        raise DataError(f"{root}: ranks find different checkpoints; --out must be shared by all nodes")
-    damaged = []
-    for step in reversed(steps):
+    damaged: list[str] = []
+    for step in reversed(agreed_steps(root, world)):
         folder = folder_of(root, step)
-        if not (problems := verify(folder, world)):
+        if not (problems := verify(folder, world, beat)):
             if damaged:
                 warn(f"DAMAGED CHECKPOINT: {'; '.join(damaged)}. Falling back to step {step}, the newest that is whole")
             return folder
         damaged += problems
-        if world.rank == 0:
-            _try_set_aside(folder)
     if damaged:
         raise DataError(
-            f"no checkpoint under {root} is whole: {'; '.join(damaged)}. They were renamed to step-N.aside; start "
-            "afresh with another --out, or bring back a copy"
+            f"no checkpoint under {root} is whole: {'; '.join(damaged)}; bring back a copy, or start afresh with "
+            "another --out"
         )
     return None
 
 
-def _try_set_aside(folder: Path) -> None:
-    try:
-        set_aside(folder)
-    except StorageError:
-        return  # a folder that cannot be renamed is passed over again next time
+def _present(folder: Path, resume: str) -> None:
+    if not (folder / NAME).is_file():
+        raise ConfigError(
+            f"--resume {resume}: no manifest.json there; give a folder step-N written by this engine, or auto"
+        )
 
 
-def verify(folder: Path, world: Axis) -> list[str]:
-    """What is wrong with a checkpoint, one line each and the same on all ranks; they share the reading. Collective."""
-    try:
-        mine = problems_of(folder, read_manifest(folder), world.rank, world.size)
-    except DataError as error:
-        mine = [str(error)]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        mine = [f"{folder}: a manifest without what belongs there ({type(error).__name__}: {error})"]
+def agreed_steps(root: Path, world: Axis) -> list[int]:
+    """Steps of the checkpoints under `root`; DataError when the ranks do not see the same. Collective."""
+    seen: list[list[int]] = []
+    together(lambda: seen.append(steps_in(root)), world)
+    if len(set(gather_bytes(json.dumps(seen[0]).encode(), world))) > 1:
+        raise DataError(f"{root}: the ranks find different checkpoints; --out must be shared by all nodes")
+    return seen[0]
+
+
+def verify(folder: Path, world: Axis, beat: Callable[[], None] = lambda: None) -> list[str]:
+    """What is damaged in a checkpoint, one line each and the same on all ranks; they share the reading. Collective.
+
+    StorageError when a rank cannot read, ConfigError for another format: neither says that the checkpoint is bad.
+    """
+    mine: list[str] = []
+
+    def look() -> None:
+        try:
+            mine.extend(problems_of(folder, read_manifest(folder), world.rank, world.size, beat))
+        except DataError as error:
+            mine.append(str(error))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            mine.append(f"{folder}: a manifest without what belongs there ({type(error).__name__}: {error})")
+
+    together(look, world)
     found = [problem for part in gather_bytes(json.dumps(mine).encode(), world) for problem in json.loads(part)]
     return list(dict.fromkeys(found))
 

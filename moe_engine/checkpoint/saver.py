@@ -11,6 +11,7 @@ new save first completes the one before it, so there is never more than one half
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor
 
 from moe_engine.checkpoint import disk
+from moe_engine.checkpoint.agreement import together
 from moe_engine.checkpoint.folders import folder_of, prune, publish, tidy
 from moe_engine.checkpoint.manifest import write_manifest
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import key_of, rank_file
 from moe_engine.checkpoint.shard import Digest, size_of, write_shard
-from moe_engine.errors import StorageError
+from moe_engine.errors import DataError, EngineError, StorageError
 from moe_engine.parallel.collectives import gather_bytes, sum_
 from moe_engine.parallel.mesh import Axis
 
@@ -53,43 +55,61 @@ class Flight(NamedTuple):
     temporary: Path
     manifest: dict[str, Any]
     thread: threading.Thread
-    outcome: list[Digest | StorageError]
+    outcome: list[Digest | Exception]
 
 
 class Saver:
     """The checkpoints of one run. Every method is collective over all ranks, and raises on all of them or on none.
 
     keep_last: checkpoints to keep, 0 for all; those of a step that keep_every divides stay too. background: write in a
-    thread, from a copy in host memory.
+    thread, from a copy in host memory. beat: called as long as a file that is waited for grows.
     """
 
     def __init__(
-        self, root: Path, world: Axis, *, keep_last: int = 0, keep_every: int = 0, background: bool = False
+        self,
+        root: Path,
+        world: Axis,
+        *,
+        keep_last: int = 0,
+        keep_every: int = 0,
+        background: bool = False,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        self.root, self.world, self.background = root, world, background
+        self.root, self.world, self.background, self.beat = root, world, background, beat
         self.keep_last, self.keep_every = keep_last, keep_every
         self.flight: Flight | None = None
         self.stalled = 0.0  # seconds that training has waited for this object
-        self._agree(lambda: tidy(root))
+        self.notes: list[str] = []  # what went wrong without harm: old checkpoints that could not be removed
+        together(lambda: tidy(root), world, everywhere=False)
+        self._is_shared()
 
     def save(self, step: int, shard: Shard, manifest: dict[str, Any]) -> Path | None:
         """Start the checkpoint of `step`, and end it unless `background`; returns the folder that was completed.
 
-        manifest: rank 0's, with "weights": {name: whole shape}. StorageError: nothing was changed but the file system's
-        mood; what was saved before is there.
+        manifest: rank 0's, with "weights": {name: whole shape}. StorageError: what was saved before is there. When it
+        is about the save before, this one is under way.
         """
-        before = self.finish()
+        before, failed = None, None
+        try:
+            before = self.finish()
+        except StorageError as error:
+            failed = error
         with self._waiting():
             self._begin(step, shard, manifest)
-        return before if self.background else self.finish()
+        if not self.background:
+            before = self.finish()
+        if failed:
+            raise failed
+        return before
 
     def _begin(self, step: int, shard: Shard, manifest: dict[str, Any]) -> None:
         whole = {name: torch.Size(shape).numel() for name, shape in manifest["weights"].items()}
-        assert self._count_elements(shard) == whole, "the ranks' pieces do not make up the weights"
+        assert self._count_elements(shard, list(whole)) == list(whole.values()), "the pieces do not make up the weights"
         temporary = folder_of(self.root, step).with_suffix(".tmp")
         tensors, metadata = shard.tensors(), {"pieces": json.dumps([piece for piece, _ in shard.pieces])}
         needed = int(sum_(torch.tensor(size_of(tensors, metadata)), self.world))
-        self._agree(lambda: self._prepare(temporary, needed + MANIFEST_BYTES))
+        needed += MANIFEST_BYTES + 1024 * self.world.size
+        together(lambda: self._prepare(temporary, needed), self.world, everywhere=False)
         if self.background:
             tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
         path, outcome = temporary / rank_file(self.world.rank), []
@@ -97,7 +117,7 @@ class Saver:
         def write() -> None:
             try:
                 outcome.append(write_shard(path, tensors, metadata))
-            except StorageError as error:
+            except Exception as error:  # raised where the thread is waited for
                 outcome.append(error)
 
         thread = threading.Thread(target=write, name=f"save step {step}", daemon=True)
@@ -121,17 +141,27 @@ class Saver:
             return self._land(flight)
 
     def _land(self, flight: Flight) -> Path:
-        flight.thread.join()
-        mine = flight.outcome[0] if flight.outcome else StorageError("the thread that writes has failed")
+        path, size = flight.temporary / rank_file(self.world.rank), 0
+        while flight.thread.is_alive():
+            flight.thread.join(timeout=1)
+            if path.is_file() and path.stat().st_size > size:
+                size = path.stat().st_size
+                self.beat()
+        (mine,) = flight.outcome
         try:
-            self._agree(lambda: _raise(mine), everywhere=True)
+            together(lambda: _raise(mine), self.world)
             digests = [json.loads(text) for text in gather_bytes(json.dumps(mine).encode(), self.world)]
             final = flight.temporary.with_suffix("")
-            self._agree(lambda: self._complete(flight, final, digests))
-        except StorageError:
+            together(lambda: self._complete(flight, final, digests), self.world, everywhere=False)
+        except EngineError:
             if self.world.rank == 0:
                 _forget(flight.temporary)
             raise
+        if self.world.rank == 0:
+            try:
+                prune(self.root, self.keep_last, self.keep_every)
+            except StorageError as error:
+                self.notes.append(f"an old checkpoint could not be removed: {error}")
         return final
 
     @contextlib.contextmanager
@@ -150,35 +180,34 @@ class Saver:
         files = {rank_file(rank): digest for rank, digest in enumerate(digests)}
         write_manifest(flight.temporary, flight.manifest | {"files": files})
         publish(flight.temporary, final)
-        prune(self.root, self.keep_last, self.keep_every)
 
-    def _count_elements(self, shard: Shard) -> dict[str, int]:
+    def _count_elements(self, shard: Shard, names: list[str]) -> list[int]:
         """Elements of each weight over all ranks."""
-        mine: dict[str, int] = {}
+        mine = dict.fromkeys(names, 0)
         for piece, _ in shard.pieces:
-            mine[piece.name] = mine.get(piece.name, 0) + piece.length
-        total: dict[str, int] = {}
-        for text in gather_bytes(json.dumps(mine).encode(), self.world):
-            for name, count in json.loads(text).items():
-                total[name] = total.get(name, 0) + count
-        return total
+            mine[piece.name] += piece.length
+        return sum_(torch.tensor([mine[name] for name in names], dtype=torch.int64), self.world).tolist()
 
-    def _agree(self, act: Callable[[], None], everywhere: bool = False) -> None:
-        """Run `act` on rank 0, or everywhere; a StorageError of any rank is raised on all."""
-        message = ""
-        if everywhere or self.world.rank == 0:
-            try:
-                act()
-            except StorageError as error:
-                message = str(error)
-        said = [text.decode() for text in gather_bytes(message.encode(), self.world)]
-        if failed := [(rank, text) for rank, text in enumerate(said) if text]:
-            rank, text = failed[0]
-            raise StorageError(text if self.world.size == 1 else f"rank {rank}: {text}")
+    def _is_shared(self) -> None:
+        """DataError unless every rank sees what rank 0 writes: found out now, and not at the first save."""
+        token = gather_bytes(os.urandom(8).hex().encode(), self.world)[0]
+        probe = self.root.with_name(f".{self.root.name}-shared")
+
+        def write() -> None:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(token)
+
+        def read() -> None:
+            if not probe.is_file() or probe.read_bytes() != token:
+                raise DataError(f"{probe.parent} is not the folder that rank 0 sees: --out must be shared by all nodes")
+
+        together(write, self.world, everywhere=False)
+        together(read, self.world)
+        together(lambda: probe.unlink(missing_ok=True), self.world, everywhere=False)
 
 
-def _raise(outcome: Digest | StorageError) -> None:
-    if isinstance(outcome, StorageError):
+def _raise(outcome: Digest | Exception) -> None:
+    if isinstance(outcome, Exception):
         raise outcome
 
 

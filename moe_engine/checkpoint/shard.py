@@ -8,7 +8,7 @@ chunk of a tensor is copied to the host at a time.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,13 +102,14 @@ def _chunks(tensor: Tensor) -> Iterator[memoryview]:
         yield memoryview(flat[start : start + step].cpu().contiguous().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
-def digest_of(path: Path) -> tuple[int, str]:
-    """Size and xxh3 of a file as it lies on disk."""
+def digest_of(path: Path, beat: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """Size and xxh3 of a file as it lies on disk; `beat` is called as it goes on."""
     hasher, count = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         while part := file.read(CHUNK):
             hasher.update(part)
             count += len(part)
+            beat()
     return count, hasher.hexdigest()
 
 

@@ -3,6 +3,7 @@
 The system lets go of the lock when the process ends, however it ends, so nothing has to be cleaned up.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -35,10 +36,10 @@ def lock(out: Path) -> TextIO | None:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return None
         raise
-    file.truncate(0)
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}))
-    file.flush()
+    said = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, only without a name
+        os.truncate(path, 0)
+        os.write(file.fileno(), json.dumps(said).encode())
     return file
 
 

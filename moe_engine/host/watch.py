@@ -9,6 +9,7 @@ A rank that is stopped cannot write, one that sleeps or is lost in its own code 
 for it, and one that left out a collective waits in another than the rest. The stacks of all threads go to `out`.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -55,13 +56,14 @@ class Watch:
 
     def __enter__(self) -> Self:
         if self.timeout:
+            self._write(*self.at[:2], None)
             self.thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.stopped.set()
         if self.thread.is_alive():
-            self.thread.join()
+            self.thread.join(timeout=5)  # the store may have gone, and the thread be waiting for it
 
     def beat(self, step: int, where: str) -> None:
         """The main thread is alive: at `step`, doing `where`."""
@@ -77,22 +79,29 @@ class Watch:
             self.stopped.wait(3 * self.interval)  # the others notice too
             if self.at[2] != since:  # it went on after all
                 continue
+            last = threading.Timer(8 * self.interval, self.end, [CODE])  # if the store does not answer
+            last.daemon = True
+            last.start()
             self._report(step, where)
             self.stopped.wait(2 * self.interval)  # the end of this rank would interrupt what the others have to say
+            last.cancel()
             self.end(CODE)
             return
 
     def _write(self, step: int, where: str, call: str | None) -> None:
-        self.store.set(f"watch/{self.rank}", json.dumps([step, where, time.time(), call]))
+        with contextlib.suppress(RuntimeError):  # the store is gone: `_report` says so
+            self.store.set(f"watch/{self.rank}", json.dumps([step, where, time.time(), call]))
 
     def _read(self) -> dict[int, State | None]:
+        keys = [f"watch/{rank}" for rank in range(self.world)]
+        if self.store.has_extended_api() and self.store.check(keys):  # pyright: ignore[reportAttributeAccessIssue]
+            said = self.store.multi_get(keys)  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            said = [self.store.get(key) if self.store.check([key]) else None for key in keys]
         found: dict[int, State | None] = {}
-        for rank in range(self.world):
-            if not self.store.check([f"watch/{rank}"]):
-                found[rank] = None
-                continue
-            step, where, at, call = json.loads(self.store.get(f"watch/{rank}"))
-            found[rank] = State(step, where, time.time() - at, call)
+        for rank, text in enumerate(said):
+            step, where, at, call = json.loads(text) if text else (0, "", 0.0, None)
+            found[rank] = State(step, where, time.time() - at, call) if text else None
         return found
 
     def _report(self, step: int, where: str) -> None:

@@ -11,6 +11,7 @@ One rank is the degenerate mesh: every axis has size 1 and no group.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -60,10 +61,10 @@ def rank_lists(dp: int, ep: int, tp: int) -> dict[str, list[list[int]]]:
     }
 
 
-def build_mesh(dp: int, ep: int, tp: int) -> Mesh:
+def build_mesh(dp: int, ep: int, tp: int, timeout: timedelta | None = None) -> Mesh:
     """Create the process groups of the grid; collective over all ranks. With one rank nothing is created.
 
-    Raises ValueError when dp * ep * tp is not the world size.
+    timeout: of their collectives; None is the backend's own. Raises ValueError when dp * ep * tp is not the world size.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     if dp * ep * tp != world:
@@ -72,7 +73,7 @@ def build_mesh(dp: int, ep: int, tp: int) -> Mesh:
     axes = {}
     for name, groups in rank_lists(dp, ep, tp).items():
         for ranks in groups:
-            group: Any = dist.new_group(ranks) if len(ranks) > 1 else None
+            group: Any = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
             if me in ranks:
                 axes[name] = Axis(name, len(ranks), ranks.index(me), group)
     return Mesh(**axes)

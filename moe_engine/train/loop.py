@@ -9,15 +9,17 @@ rank alone writes logs.
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from moe_engine.checkpoint.agreement import together
 from moe_engine.checkpoint.compare import differences
-from moe_engine.checkpoint.folders import folder_of, set_aside, steps_in
+from moe_engine.checkpoint.folders import folder_of, set_aside
 from moe_engine.checkpoint.manifest import read_manifest
-from moe_engine.checkpoint.reader import choose
+from moe_engine.checkpoint.reader import agreed_steps, choose
 from moe_engine.checkpoint.saver import Saver
 from moe_engine.config import Run
 from moe_engine.data.loader import Batch, Loader, OpenDomain, eval_batches
@@ -93,6 +95,7 @@ def build(
         keep_last=run.train.keep_last,
         keep_every=run.train.keep_every,
         background=run.train.async_save,
+        beat=partial(beat, 0, "writing a checkpoint"),
     )
     return Trainer(
         run, mesh, device, ZeroEngine(model, run, mesh), loader, held_out, saver, log, requests or Requests(), beat
@@ -108,6 +111,8 @@ def fit(trainer: Trainer) -> None:
     trainer.beat(0, "looking for a checkpoint")
     start, tokens_seen = resume(trainer)
     trainer.beat(start, "starting")
+    if start >= run.train.steps:
+        log.info(f"nothing to train: the checkpoint is at step {start} of {run.train.steps}")
     log.truncate_after(start)
     if not trainer.held_out:
         log.warn("no held-out text: nothing is evaluated (prepare_data --eval-fraction sets some aside)")
@@ -154,8 +159,10 @@ class Wishes(NamedTuple):
 
 def wishes(trainer: Trainer) -> Wishes:
     """The same on all ranks; collective. A wish to save is granted once."""
-    mine = torch.tensor([trainer.requests.stop, trainer.requests.save], dtype=torch.int32)
-    trainer.requests.save = False
+    stop, save = trainer.requests.stop, trainer.requests.save
+    if save:
+        trainer.requests.save = False
+    mine = torch.tensor([stop, save], dtype=torch.int32)
     return Wishes(*map(bool, max_(mine, trainer.mesh.world).tolist()))
 
 
@@ -190,27 +197,37 @@ def row(
 
 def resume(trainer: Trainer) -> tuple[int, int]:
     """Continue from the checkpoint that the run asks for; returns the steps done and the tokens seen."""
-    wanted, root, log = trainer.run.train.resume, trainer.saver.root, trainer.log
-    if not wanted and steps_in(root):
+    wanted, root, log, world = trainer.run.train.resume, trainer.saver.root, trainer.log, trainer.mesh.world
+    there = agreed_steps(root, world)
+    if there and not wanted:
         raise ConfigError(
             f"--out {trainer.run.train.out} holds checkpoints of an earlier run: continue it with --resume auto, "
             "or give another --out"
         )
-    folder = choose(wanted, root, trainer.mesh.world, log.warn) if wanted else None
+    if there and wanted and wanted != "auto" and Path(wanted).resolve().parent != root.resolve():
+        raise ConfigError(
+            f"--resume {wanted} is of another run, and --out {trainer.run.train.out} holds checkpoints of its own: "
+            "give another --out"
+        )
+    beat = partial(trainer.beat, 0, "reading a checkpoint")
+    folder = choose(wanted, root, world, log.warn, beat) if wanted else None
     if folder is None:
         return 0, 0
     manifest = read_manifest(folder)
     log.warn(*differences(manifest["run"], trainer.run.model_dump(mode="json")))
     trainer.loader.load_state(manifest["data"])
-    load_state(trainer.engine, trainer.mesh, folder)
+    load_state(trainer.engine, trainer.mesh, folder, beat)
     log.info(f"resumed from {folder}: {manifest['step']} steps done")
-    if trainer.mesh.world.rank == 0:
-        for step in steps_in(root):
-            if step > manifest["step"]:  # of a past that the run leaves now
-                log.warn(
-                    f"later than {folder.name}, from which the run goes on: kept as {set_aside(folder_of(root, step))}"
-                )
+    later = [step for step in there if step > manifest["step"]]  # damaged, or of a past that the run leaves now
+    together(lambda: leave(trainer, later), world, everywhere=False)
     return int(manifest["step"]), int(manifest["tokens"])
+
+
+def leave(trainer: Trainer, steps: list[int]) -> None:
+    """Put checkpoints out of the way, the latest first, so that what is left is always one history."""
+    for step in reversed(steps):
+        aside = set_aside(folder_of(trainer.saver.root, step))
+        trainer.log.warn(f"what was step {step} is kept as {aside.name}, and not read again")
 
 
 def save(trainer: Trainer, step: int, tokens_seen: int, wish: Wishes, last: bool) -> None:
@@ -227,9 +244,11 @@ def save(trainer: Trainer, step: int, tokens_seen: int, wish: Wishes, last: bool
             completed.append(save_state(trainer.engine, trainer.mesh, trainer.saver, step, manifest))
         completed.append(trainer.saver.finish() if last or wish.stop else trainer.saver.poll())
     except StorageError as error:
-        if trainer.run.train.on_save_error == "stop" or wish.stop:
+        if trainer.run.train.on_save_error == "stop" or wish.stop or last:
             raise
         trainer.log.warn(f"no checkpoint: {error}")
+    trainer.log.warn(*trainer.saver.notes)
+    trainer.saver.notes.clear()
     trainer.log.info(*(f"saved {folder}" for folder in completed if folder))
 
 

@@ -6,6 +6,7 @@ checkpoint. The order of the data is a function of the seed and the position, so
 
 import hashlib
 import json
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,17 @@ def save_state(engine: ZeroEngine, mesh: Mesh, saver: Saver, step: int, manifest
 
 
 @torch.no_grad()
-def load_state(engine: ZeroEngine, mesh: Mesh, folder: Path) -> dict[str, Any]:
+def load_state(engine: ZeroEngine, mesh: Mesh, folder: Path, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Fill the engine from a verified checkpoint, written on any layout; returns its manifest.
 
-    The random state continues on the layout that wrote it; on another one each rank starts a stream of its own.
+    beat: called as it goes on. The random state continues on the layout that wrote it; on another one each rank starts
+    a stream of its own.
     """
     reader = Reader(folder)
     engine.create_optimizer_states()
     by_name = {name: p for p, name in engine.names.items()}
     for owned in engine.owned():
+        beat()
         box = tuple((s.start, s.stop) for s in note_of(by_name[owned.name]).local_slices())
         piece = Piece(owned.name, box, owned.start, owned.master.numel())
         for kind, out in ({"master": owned.master} | owned.moments).items():

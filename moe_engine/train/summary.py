@@ -9,6 +9,8 @@ from moe_engine.report import expert_load_table, loss_curve_png
 
 def write_summary(out: Path, run: Run) -> list[str]:
     """Draw `out`/loss.png and return the closing lines; the main rank calls it after the last step."""
+    if not (out / "metrics.jsonl").is_file():
+        return []  # nothing was trained here
     picture = out / "loss.png"
     loss_curve_png(out / "metrics.jsonl", picture)
     last = read_rows(out / "metrics.jsonl")[-1]

@@ -1,7 +1,7 @@
 """What is read is what was written, from any cut; what was changed on the way is refused before it is read."""
 
+import errno
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_engine.checkpoint import manifest
 from moe_engine.checkpoint.manifest import SEAL, read_manifest, write_manifest
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import Reader, choose, verify
 from moe_engine.checkpoint.saver import Saver, Shard
-from moe_engine.errors import ConfigError, DataError
+from moe_engine.errors import ConfigError, DataError, StorageError
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from tests.checkpoint.small import ALONE, MANIFEST, RNG, WHOLE, save_one
@@ -100,9 +101,7 @@ def test_damage_is_found_and_named_and_the_older_one_used(tmp_path: Path, damage
     assert choose("auto", tmp_path, ALONE, said.append) == older
     assert len(said) == 1 and "DAMAGED CHECKPOINT" in said[0] and "Falling back to step 2" in said[0]
     assert problem in said[0]
-    assert not folder.exists() and folder.with_suffix(".aside").is_dir()
-    said.clear()
-    assert choose("auto", tmp_path, ALONE, said.append) == older and not said
+    assert choose("auto", tmp_path, ALONE, said.append) == older and len(said) == 2  # nothing was renamed
 
 
 def test_every_bit_of_the_manifest_counts(tmp_path: Path):
@@ -119,8 +118,9 @@ def test_every_bit_of_the_manifest_counts(tmp_path: Path):
 def test_none_is_whole(tmp_path: Path):
     for step in (1, 2):
         cut(save_one(tmp_path, step) / "rank-00000.safetensors")
-    with pytest.raises(DataError, match=r"no checkpoint under .* is whole: .*step-00000002.*step-00000001"):
-        choose("auto", tmp_path, ALONE, print)
+    for _ in range(2):  # a script that starts the run again gets no fresh start either
+        with pytest.raises(DataError, match=r"no checkpoint under .* is whole: .*step-00000002.*step-00000001"):
+            choose("auto", tmp_path, ALONE, print)
 
 
 def test_a_sealed_manifest_may_still_lack_things(tmp_path: Path):
@@ -137,7 +137,7 @@ def test_a_sealed_file_may_be_no_manifest(tmp_path: Path, body: bytes):
     folder = save_one(tmp_path)
     seal = SEAL + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n'
     (folder / "manifest.json").write_bytes(body + seal)
-    with pytest.raises(DataError, match="this version reads format 2"):
+    with pytest.raises((DataError, ConfigError), match=r"says nothing of a format|this version reads format 2"):
         read_manifest(folder)
 
 
@@ -190,11 +190,28 @@ def test_shards_of_two_steps_do_not_mix(tmp_path: Path):
     assert "changed since it was written" in verify(two, ALONE)[0] and verify(one, ALONE) == []
 
 
-def test_other_format_is_refused(tmp_path: Path):
+def test_other_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = save_one(tmp_path)
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "step": 3}))
-    with pytest.raises(DataError, match="format 1, this version reads format 2"):
-        read_manifest(folder)
+    monkeypatch.setattr(manifest, "FORMAT", 1)
+    save_one(tmp_path, 4)
+    monkeypatch.undo()
+    for _ in range(2):  # not damage: it is neither passed over nor renamed
+        with pytest.raises(ConfigError, match="step-00000004: format 1, this version reads format 2; resume with the"):
+            choose("auto", tmp_path, ALONE, print)
+    assert verify(folder, ALONE) == []
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = save_one(tmp_path)
+
+    def fail(path: Path, beat: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(manifest, "digest_of", fail)
+    with pytest.raises(StorageError, match=r"rank-00000\.safetensors: Input/output error"):
+        choose("auto", tmp_path, ALONE, print)
+    monkeypatch.undo()
+    assert choose("auto", tmp_path, ALONE, print) == folder
 
 
 def test_choose(tmp_path: Path):
@@ -220,3 +237,16 @@ def test_ranks_share_the_reading_and_agree(tmp_path: Path):
     results = run_on_ranks(on_rank, 3)
     assert {name for name, _ in results} == {"step-00000001"}
     assert all(problems == results[0][1] and len(problems) == 1 for _, problems in results)
+
+
+def test_a_path_that_one_rank_does_not_see(tmp_path: Path):
+    """All ranks hear of it at once; none is left waiting for the one that left."""
+    folder = save_one(tmp_path)
+
+    def on_rank(rank: int) -> str:
+        path = folder if rank == 0 else tmp_path / "not-mounted"
+        with pytest.raises(ConfigError) as caught:
+            choose(str(path), tmp_path, build_mesh(2, 1, 1).world, print)
+        return str(caught.value)
+
+    assert all("rank 1: --resume" in said and "no manifest.json there" in said for said in run_on_ranks(on_rank, 2))

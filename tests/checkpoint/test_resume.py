@@ -176,10 +176,11 @@ def test_background_saves_are_the_same_checkpoints(corpus: Path, tmp_path: Path)
 def test_a_full_disk(corpus: Path, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch):
     """Training stops with exit code 74, or goes on, as the run says; the older checkpoint is whole either way."""
     run = loop_run(corpus, tmp_path, (2, 1, 1), settings={"zero": 1}, steps=6, save_every=2, on_save_error=policy)
-    real = disk.require_space
+    real, calls = disk.require_space, []
 
     def full_at_step_4(folder: Path, needed: int) -> None:
-        real(folder, needed if not (folder / "step-00000002").is_dir() else 10**18)
+        calls.append(needed)
+        real(folder, 10**18 if len(calls) == 2 else needed)
 
     monkeypatch.setattr(disk, "require_space", full_at_step_4)
 
@@ -197,7 +198,8 @@ def test_a_full_disk(corpus: Path, tmp_path: Path, policy: str, monkeypatch: pyt
     said = run_on_ranks(on_rank, 2)
     assert said[0] == said[1] and bool(said[0]) == (policy == "stop")
     assert len(read_rows(tmp_path / "metrics.jsonl")) == (4 if policy == "stop" else 6)
-    assert steps_in(tmp_path / "checkpoints") == [2] and verify(tmp_path / "checkpoints" / "step-00000002", ALONE) == []
+    assert steps_in(tmp_path / "checkpoints") == ([2] if policy == "stop" else [2, 6])
+    assert not verify(tmp_path / "checkpoints" / "step-00000002", ALONE)
 
 
 def test_damage_costs_the_steps_since_the_one_before(corpus: Path, tmp_path: Path):

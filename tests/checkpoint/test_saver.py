@@ -14,7 +14,7 @@ from moe_engine.checkpoint.folders import prune, set_aside, steps_in
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import Reader, verify
 from moe_engine.checkpoint.saver import Saver, Shard
-from moe_engine.errors import StorageError
+from moe_engine.errors import DataError, StorageError
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from tests.checkpoint.small import ALONE, MANIFEST, WHOLE, save_one, saver_of, shard_of
@@ -121,6 +121,58 @@ def test_a_file_is_in_the_way(tmp_path: Path):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(StorageError, match=r"checkpoints: (File exists|Not a directory); check the disk"):
         save_one(tmp_path / "checkpoints")
+
+
+def test_an_old_one_that_cannot_be_removed_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saver = saver_of(tmp_path, keep_last=1)
+    saver.save(1, shard_of(), MANIFEST)
+    real = disk.remove
+
+    def busy(folder: Path) -> None:
+        if folder.name == "step-00000001.tmp":
+            raise StorageError("busy")
+        real(folder)
+
+    monkeypatch.setattr(disk, "remove", busy)
+    assert saver.save(2, shard_of(), MANIFEST) == tmp_path / "step-00000002"
+    assert saver.notes == ["an old checkpoint could not be removed: busy"]
+
+
+def test_a_link_is_not_followed_to_be_emptied(tmp_path: Path):
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    save_one(root, 1).rename(elsewhere)
+    (root / "step-00000001").symlink_to(elsewhere)
+    saver = saver_of(root, keep_last=1)
+    for step in (2, 3):
+        saver.save(step, shard_of(), MANIFEST)
+    assert steps_in(root) == [1, 3] and verify(elsewhere, ALONE) == []
+
+
+def test_a_save_that_failed_does_not_take_the_next_one_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saver, real = saver_of(tmp_path, background=True), disk.sync
+
+    def fail(descriptor: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.EIO, "no")
+        real(descriptor)
+
+    with monkeypatch.context() as context:
+        context.setattr(disk, "sync", fail)
+        saver.save(1, shard_of(), MANIFEST)
+        assert saver.flight is not None
+        saver.flight.thread.join()
+    with pytest.raises(StorageError, match="no; check the disk"):
+        saver.save(2, shard_of(2.0), MANIFEST)
+    assert saver.finish() == tmp_path / "step-00000002" and steps_in(tmp_path) == [2]
+
+
+def test_a_folder_that_is_not_shared(tmp_path: Path):
+    def on_rank(rank: int) -> str:
+        with pytest.raises(DataError) as caught:
+            Saver(tmp_path / str(rank) / "checkpoints", build_mesh(2, 1, 1).world)
+        return str(caught.value)
+
+    assert all("rank 1: " in said and "--out must be shared by all nodes" in said for said in run_on_ranks(on_rank, 2))
 
 
 def test_leftovers_of_a_run_that_died(tmp_path: Path):

@@ -75,6 +75,24 @@ def test_slow_is_not_still(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert run_on_ranks(on_rank, 2) == [[], []] and "error" not in capfd.readouterr().err
 
 
+class Gone(dist.HashStore):
+    """A store whose host has left."""
+
+    def set(self, *arguments: object) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    check = set
+
+
+def test_a_store_that_is_gone_does_not_silence_the_watch(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    codes: list[int] = []
+    with Watch(Gone(), 0, 2, 0.5, tmp_path, end=codes.append) as watch:
+        watch.beat(3, "training")
+        time.sleep(1.5)
+    assert codes == [70]
+    assert "at step 3, training" in (said := capfd.readouterr().err) and "cannot be asked (Connection reset" in said
+
+
 def test_no_time_out_no_thread(tmp_path: Path):
     with Watch(dist.HashStore(), 0, 1, 0.0, tmp_path) as watch:
         assert not watch.thread.is_alive()

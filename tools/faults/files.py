@@ -36,7 +36,7 @@ def checkpoints(arena: Arena) -> Path:
 
 
 def noticed(root: Path, what: str, touched: Path) -> str | None:
-    """The damage is named, and --resume auto takes the checkpoint before. Puts the folders back in place."""
+    """The damage is named, and --resume auto takes the checkpoint before."""
     folder = folder_of(root, 12)
     problems = verify(folder, ALONE)
     if not problems:
@@ -45,9 +45,6 @@ def noticed(root: Path, what: str, touched: Path) -> str | None:
         return f"{what}: {problems[0]} does not name {touched.name}"
     said: list[str] = []
     chosen = choose("auto", root, ALONE, said.append)
-    aside = folder.with_suffix(".aside")
-    if aside.is_dir():
-        aside.rename(folder)
     if chosen != folder_of(root, 9) or len(said) != 1 or "step 9" not in said[0]:
         return f"{what}: {chosen} was chosen, and said: {said}"
     return None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_engine.config import Run
+from moe_engine.data.corpus import open_corpus
 from moe_engine.data.loader import Batch
 from moe_engine.errors import EngineError
 from moe_engine.log import Logger
@@ -23,7 +24,6 @@ from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import initialise, note_of
-from moe_engine.train.corpus import open_corpus
 from moe_engine.train.loop import MAX_SKIPPED, build, fit
 from moe_engine.train.step import accumulate, finish
 from moe_engine.train.zero import ZeroEngine

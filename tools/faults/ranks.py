@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from moe_engine.config import Data, Domain, Model, Optimizer, Parallel, Run, Train
+from moe_engine.data.corpus import open_corpus
 from moe_engine.errors import EngineError
 from moe_engine.host.lock import lock
 from moe_engine.host.signals import Requests
@@ -32,7 +33,6 @@ from moe_engine.host.watch import Watch
 from moe_engine.log import Logger, read_rows
 from moe_engine.parallel.collectives import barrier
 from moe_engine.parallel.mesh import build_mesh
-from moe_engine.train.corpus import open_corpus
 from moe_engine.train.loop import Trainer, build, fit
 
 Layout = tuple[int, int, int]  # dp, ep, tp

@@ -19,9 +19,9 @@ import torch
 from moe_engine.config import Domain, RopeScaling, Run
 from moe_engine.config_cli import build_parser, load
 from moe_engine.config_report import KEYS, SECTIONS, problem_lines
+from moe_engine.data.corpus import open_corpus
 from moe_engine.errors import ConfigError
 from moe_engine.parallel.mesh import Mesh
-from moe_engine.train.corpus import open_corpus
 from moe_engine.train.loop import Trainer, Wishes, build, resume, save
 from tools.faults.arena import Arena, Fault, Injections
 from tools.faults.numbers import Listener, on_ranks

@@ -8,10 +8,10 @@ import math
 
 from moe_engine.config import Run
 from moe_engine.config_cli import Loaded
+from moe_engine.data.corpus import open_corpus
 from moe_engine.errors import DataError
 from moe_engine.model.flops import step_flops_per_token
 from moe_engine.sizes import parameter_counts, rank_parameters
-from moe_engine.train.corpus import open_corpus
 
 
 def describe(loaded: Loaded) -> list[str]:

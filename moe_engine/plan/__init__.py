@@ -1,0 +1,1 @@
+"""What a run will be and cost, said before it starts."""
