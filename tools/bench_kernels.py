@@ -198,9 +198,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     import torch
 
+    from moe_engine.host.memory import keep_freed_memory
     from tools.kernels.contenders import PEERS, versions
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    keep_freed_memory()  # as a run on CPU does; the peers have it too
     torch.set_num_threads(options.threads)
     machine = {
         "device": device_name(device), "platform": f"{platform.system()} {platform.machine()}",
