@@ -116,13 +116,13 @@ class Watch:
             stacks = f"stacks in {path}"
         except OSError as error:
             stacks = f"no stacks: {error}"
-        print(
+        # in one piece, or the lines of several ranks run into each other
+        sys.stderr.write(
             f"error: rank {self.rank}: no progress for {self.timeout:g} s at step {step}, {where}, in "
             f"{innermost(self.main)}: {blame}; {stacks}. Restart with --resume auto; raise --step-timeout if a step "
-            "takes that long",
-            file=sys.stderr,
-            flush=True,
+            "takes that long\n"
         )
+        sys.stderr.flush()
 
 
 def culprits(states: dict[int, State | None], silence: float) -> str:
