@@ -244,8 +244,8 @@ def test_exit_codes_are_those_of_the_errors() -> None:
 
 
 def test_sample_line_has_the_form_of_the_progress_line() -> None:
-    row = {"step": 100, "loss": 2.4703, "lr": 9.381e-4, "lm_loss": 2.4587, "grad_norm": 0.388}
-    assert f"{progress_line(row, 150)} | ..." in README
+    row = {"step": 120, "loss": 2.3748, "lr": 9.327e-4, "lm_loss": 2.3636, "grad_norm": 0.490}
+    assert f"{progress_line(row, 180)} | ..." in README
 
 
 @pytest.mark.parametrize(

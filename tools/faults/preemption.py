@@ -27,9 +27,10 @@ def told_to_stop(arena: Arena, count: int) -> Injections:
         ranks = Ranks(run)
         time.sleep(arena.draw.uniform(0.05, seconds))
         whom = range(run.world_size) if i % 2 else [arena.draw.randrange(run.world_size)]
+        at = steps_done(out)
         for rank in whom:
             ranks.signal(rank, signal.SIGTERM)
-        yield stopped_well(ranks, run) or go_on(run, truth)
+        yield stopped_well(ranks, run, at) or go_on(run, truth)
 
 
 def told_again(arena: Arena, count: int) -> Injections:
@@ -40,11 +41,12 @@ def told_again(arena: Arena, count: int) -> Injections:
         run = run_of(arena.corpus(), out, (1, 2, 1))
         ranks = Ranks(run)
         in_a_save(ranks, arena.draw)
+        at = steps_done(out)
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             ranks.signal(0, number)
             ranks.signal(1, number)
             time.sleep(0.003)
-        yield stopped_well(ranks, run) or go_on(run, truth)
+        yield stopped_well(ranks, run, at) or go_on(run, truth)
 
 
 def told_to_save(arena: Arena, count: int) -> Injections:
@@ -78,13 +80,20 @@ def _usr1_at(step: int) -> Any:
     return before
 
 
-def stopped_well(ranks: Ranks, run: Any) -> str | None:
-    """All ranks end with 75 within the grace period (or 0, when the run was at its end), with their last step saved."""
+def steps_done(out: Path) -> int:
+    """The last step that some rank has left a trace of."""
+    return max((step for _, step in trace_of(out)), default=0)
+
+
+def stopped_well(ranks: Ranks, run: Any, at: int) -> str | None:
+    """All ranks end with 75 within the grace period, with their last step saved.
+
+    at: the step that was done when they were told. A run that was about to end anyway may end with 0.
+    """
     codes = ranks.wait(GRACE)
-    if set(codes) not in ({75}, {0}):
-        return f"exit codes {codes}: {last_words(ranks.out)}"
-    done = max((step for _, step in trace_of(ranks.out)), default=0)
-    saved = max(steps_in(ranks.out / "checkpoints"), default=0)
+    done, saved = steps_done(ranks.out), max(steps_in(ranks.out / "checkpoints"), default=0)
+    if set(codes) != {75} and not (set(codes) == {0} and at >= run.train.steps - 2):
+        return f"told to stop at step {at}: exit codes {codes}: {last_words(ranks.out)}"
     return None if done == saved else f"step {done} was done, step {saved} is saved"
 
 
