@@ -5,8 +5,7 @@
     torchrun --nproc_per_node 8 launch/pretrain_moe.py --config configs/runs/mixtral-8x7b-pretrain.yaml --data corpus
 
 On CPU the ranks talk over gloo, on GPUs over nccl. Without --data it reads the Python standard library's own sources.
-Exit codes: 0 done, 65 data, 70 internal, 74 disk, 75 told to stop and saved, 78
-configuration.
+Exit codes: 0 done, 65 data, 70 internal, 74 disk, 75 told to stop and saved, 78 configuration.
 """
 
 import ctypes
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe_engine.config import Domain, Run
 from moe_engine.config_cli import Loaded, build_parser, load, print_config
+from moe_engine.config_report import BULLET
 from moe_engine.errors import ConfigError, EngineError, Preempted, StorageError
 from moe_engine.host.signals import Requests
 from moe_engine.log import Logger, printable
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         if loaded.dry_run:
             from moe_engine.plan.dry_run import describe
 
-            print("\n".join(describe(loaded))) if rank == 0 else None
+            print("\n".join(map(printable, describe(loaded)))) if rank == 0 else None
             return 0
         pretrain(loaded, rank)
     except Preempted as stop:
@@ -73,8 +73,7 @@ def main(argv: list[str]) -> int:
 
 def on_lines(error: EngineError) -> str:
     """An error's text as it is printed: problems of a list on lines of their own, all else escaped."""
-    mark = "\n  - "
-    return mark.join(map(printable, str(error).split(mark)))
+    return BULLET.join(map(printable, str(error).split(BULLET)))
 
 
 def pretrain(loaded: Loaded, rank: int) -> None:

@@ -23,7 +23,6 @@ from moe_engine.config_layout import derive, layout_problems, without_effect
 from moe_engine.config_report import KEYS, edits, problem_lines, refuse, shown, unknown_setting, validation_problems
 from moe_engine.config_report import nearest as nearest_name
 from moe_engine.errors import ConfigError
-from moe_engine.log import printable
 
 DEFAULT_MODEL = "tiny"
 
@@ -48,8 +47,8 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "--save-every": ("train.save_every", "N", "steps between checkpoints"),
     "--async-save": ("train.async_save", "", "write checkpoints while training goes on"),
     "--keep-last": ("train.keep_last", "N", "newest checkpoints to keep (default: all)"),
-    "--step-timeout": ("train.step_timeout", "S", "end a run without progress for S seconds, and say why; 0: never"),
     "--keep-every": ("train.keep_every", "N", "also keep the checkpoints of steps that N divides"),
+    "--step-timeout": ("train.step_timeout", "S", "end a run without progress for S seconds, and say why; 0: never"),
 }
 
 
@@ -220,7 +219,6 @@ class Sources:
         except ConfigError as error:
             self.problems += problem_lines(error)
             return
-        path = printable(path)
         for section, keys in content.items():
             if section == "model" and isinstance(keys, str):
                 keys = {"preset": keys}
@@ -262,7 +260,7 @@ def read_base(values: dict[str, dict[str, Any]], problems: list[str]) -> dict[st
     except ConfigError as error:
         problems += problem_lines(error)
         return None
-    problems += [unknown_setting("model", key, printable(f" ({preset})")) for key in base if key not in KEYS["model"]]
+    problems += [unknown_setting("model", key, f" ({preset})") for key in base if key not in KEYS["model"]]
     return {key: value for key, value in base.items() if key in KEYS["model"]}
 
 

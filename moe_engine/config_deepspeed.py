@@ -18,7 +18,6 @@ from typing import Any
 from moe_engine.config import is_number
 from moe_engine.config_files import read_mapping
 from moe_engine.config_report import refuse, shown, unknown_key
-from moe_engine.log import printable
 
 SETTINGS = {
     "train_batch_size": "train.global_batch",
@@ -92,13 +91,13 @@ def read_deepspeed(path: str | Path) -> tuple[dict[str, Any], list[str]]:
             if not any(value == allowed for allowed in FIXED[key]):
                 problems.append(f"{key}: found {shown(value)}, expected {' or '.join(map(shown, FIXED[key]))}")
             elif note := without_effect(key, value):
-                notes.append(f"{printable(str(path))}: {note}")
+                notes.append(f"{path}: {note}")
         elif replaced := next((REPLACED[name] for name in REPLACED if f"{key}.".startswith(f"{name}.")), None):
-            problems.append(f"{printable(key)}: not read, {replaced}")
+            problems.append(f"{key}: not read, {replaced}")
         else:
             problems.append(unknown_key(key, KNOWN))
     if problems:
-        refuse(f"{printable(str(path))}: {problem}" for problem in problems)
+        refuse(f"{path}: {problem}" for problem in problems)
     return settings, notes
 
 
@@ -145,7 +144,6 @@ def apply_deepspeed(
     model   every key of the model as it will be, preset included
     """
     settings, notes = read_deepspeed(path)
-    path = printable(path)
     problems: list[str] = []
     enabled = settings.pop("moe.enabled", None)
     experts = model.get("num_local_experts", 0)

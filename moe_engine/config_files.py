@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from moe_engine.config import Model
 from moe_engine.config_report import nearest, problem_lines, refuse, shown, validation_problems
 from moe_engine.errors import ConfigError
-from moe_engine.log import printable
 
 MAX_BYTES = 1 << 16
 MAX_ALIASES = 16
@@ -71,20 +70,19 @@ Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.r
 
 def read_text(path: str | Path) -> str:
     """The text of a small configuration file. ConfigError when it is missing, unreadable, too large or not UTF-8."""
-    name = printable(str(path))
     if not Path(path).is_file():
-        raise ConfigError(f"{name}: not a file: give the path of a text file")
+        refuse([f"{path}: not a file: give the path of a text file"])
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None
+        refuse([f"{path}: cannot be read: {error.strerror}"])
     if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{name}: larger than {MAX_BYTES} bytes, which no configuration needs")
+        refuse([f"{path}: larger than {MAX_BYTES} bytes, which no configuration needs"])
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ConfigError(f"{name}: not UTF-8 text") from None
+        refuse([f"{path}: not UTF-8 text"])
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -96,9 +94,9 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         reason = shown(getattr(error, "problem", None) or str(error))[1:-1]
-        raise ConfigError(f"{source}{line}: not valid YAML, {reason}") from None
+        refuse([f"{source}{line}: not valid YAML, {reason}"])
     except ValueError:
-        raise ConfigError(f"{source}: not valid YAML, a malformed value") from None
+        refuse([f"{source}: not valid YAML, a malformed value"])
 
 
 def check_shape(text: str, source: str) -> None:
@@ -108,23 +106,23 @@ def check_shape(text: str, source: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         aliases += isinstance(event, yaml.AliasEvent)
         if depth > MAX_DEPTH:
-            raise ConfigError(f"{source}: nested more than {MAX_DEPTH} deep, which no configuration needs")
+            refuse([f"{source}: nested more than {MAX_DEPTH} deep, which no configuration needs"])
         if aliases > MAX_ALIASES:
-            raise ConfigError(f"{source}: more than {MAX_ALIASES} YAML aliases: write the values out")
+            refuse([f"{source}: more than {MAX_ALIASES} YAML aliases: write the values out"])
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The top-level mapping of a .json or YAML file (an empty YAML file is an empty mapping)."""
-    text, name = read_text(path), printable(str(path))
+    text = read_text(path)
     if Path(path).suffix == ".json":
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{name}: not valid JSON, {error}") from None
+            refuse([f"{path}: not valid JSON, {error}"])
     else:
-        value = parse_yaml(text, name) or {}
+        value = parse_yaml(text, str(path)) or {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{name}: found {shown(value)}, expected a mapping of names to values")
+        refuse([f"{path}: found {shown(value)}, expected a mapping of names to values"])
     return value
 
 
@@ -153,7 +151,7 @@ def read_model(name: str) -> dict[str, Any]:
     try:
         return model_from_hf(read_mapping(path)).model_dump(exclude_unset=True)
     except ConfigError as error:
-        refuse(f"{printable(str(path))}: {line}" for line in problem_lines(error))
+        refuse(f"{path}: {line}" for line in problem_lines(error))
 
 
 def model_from_hf(config: Mapping[str, Any]) -> Model:
@@ -164,7 +162,7 @@ def model_from_hf(config: Mapping[str, Any]) -> Model:
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in HF_FAMILIES:
-        raise ConfigError(f"model_type: found {shown(family)}, expected llama or mixtral")
+        refuse([f"model_type: found {shown(family)}, expected llama or mixtral"])
     problems: list[str] = []
     values = dict(HF_FAMILIES[family])
     known = [*HF_SIZES, *HF_OPTIONAL, *(HF_ROUTING if family == "mixtral" else ())]

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from moe_engine.config import Domain, RopeScaling, Run
 from moe_engine.errors import ConfigError
+from moe_engine.log import printable
+
+BULLET = "\n  - "
 
 SECTIONS: dict[str, type[BaseModel]] = {
     name: field.annotation for name, field in Run.model_fields.items() if isinstance(field.annotation, type)
@@ -127,14 +130,14 @@ def nested_keys(where: list[str]) -> list[str]:
 
 
 def refuse(problems: Iterable[str]) -> NoReturn:
-    """Raise one ConfigError that lists every problem, each on a line of its own."""
-    lines = [line for problem in problems for line in problem.split("\n")]
+    """Raise one ConfigError that lists every problem, each on a line of its own, whatever it quotes."""
+    lines = [printable(problem) for problem in problems]
     if len(lines) == 1:
         raise ConfigError(lines[0])
-    raise ConfigError("\n".join([f"{len(lines)} problems in the configuration", *(f"  - {line}" for line in lines)]))
+    raise ConfigError(BULLET.join([f"{len(lines)} problems in the configuration", *lines]))
 
 
 def problem_lines(error: ConfigError) -> list[str]:
-    """The problems of a ConfigError made by `refuse`, to be collected with others."""
-    lines = str(error).split("\n")
-    return [line.removeprefix("  - ") for line in lines[1:]] if len(lines) > 1 else lines
+    """The problems of a ConfigError, to be collected with others; one that `refuse` did not make is one problem."""
+    first, *rest = str(error).split(BULLET)
+    return rest if first == f"{len(rest)} problems in the configuration" else [str(error)]

@@ -8,7 +8,6 @@ it is refused in one clear line. Prints a row for each id, then `injections N, f
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in wanted if name not in BATTERY]:
         parser.error(f"found id {unknown[0]!r}, expected some of {', '.join(BATTERY)}")
     rows, arena = [], Arena(Path(tempfile.mkdtemp(prefix="faults-")), options.seed)
-    print(f"{'id':4}{'fault':56}{'injections':>11}{'failures':>9}{'seconds':>9}", flush=True)
+    print(f"{'id':8}{'fault':60}{'injections':>11}{'failures':>9}{'seconds':>9}", flush=True)
     for name in wanted:
         fault = BATTERY[name]
         count = options.count or (fault.ci if options.tier == "ci" else fault.nightly)
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         outcomes = list(fault.inject(arena, count))
         failed = [outcome for outcome in outcomes if outcome]
         seconds = time.monotonic() - began
-        print(f"{name:4}{fault.title:56}{len(outcomes):11}{len(failed):9}{seconds:9.1f}", flush=True)
+        print(f"{name:8}{fault.title:60}{len(outcomes):11}{len(failed):9}{seconds:9.1f}", flush=True)
         for text in failed[:5]:
             print(f"    {text[:600]}", flush=True)
         rows.append({"id": name, "injections": len(outcomes), "failures": failed, "seconds": round(seconds, 1)})
@@ -56,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     if failures and options.keep:
         print(f"the folders of what failed are under {arena.root}")
     else:
-        shutil.rmtree(arena.root, ignore_errors=True)
+        arena.close()
     print(f"injections {sum(row['injections'] for row in rows)}, failures {failures}")
     return 1 if failures else 0
 

@@ -9,6 +9,7 @@ code 65 when something is damaged, 1 when two checkpoints differ.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ def one(folder: Path, verify: bool, weights: bool) -> tuple[list[str], int]:
     manifest, problems = look(folder, verify)
     if manifest is None:
         return problems, DAMAGED
-    numel = {name: product(shape) for name, shape in manifest["weights"].items()}
+    numel = {name: math.prod(shape) for name, shape in manifest["weights"].items()}
     layout = ", ".join(f"{key} {value}" for key, value in manifest["layout"].items())
     data = manifest["data"]
     holds = "every checksum holds" if verify else "sizes hold (--verify reads all)"
@@ -186,13 +187,6 @@ def losses_of(out: Path) -> dict[int, float]:
 def size_of(manifest: dict[str, Any]) -> float:
     """GB of all files."""
     return sum(count for count, *_ in manifest["files"].values()) / 1e9
-
-
-def product(shape: Sequence[int]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
 
 
 def spread(values: Sequence[int], count: int) -> list[int]:

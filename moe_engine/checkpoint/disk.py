@@ -80,15 +80,17 @@ def rename(old: Path, new: Path) -> None:
         os.replace(old, new)
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder of files; nothing happens when there is none. Its manifest goes first: half of it is no
-    checkpoint."""
-    if not folder.is_dir():
+def remove(path: Path) -> None:
+    """Remove a folder of files, a file, or a link but not what it leads to; nothing happens when there is none.
+
+    Of a folder the manifest goes first: half of it is no checkpoint.
+    """
+    if not os.path.lexists(path):
         return
-    with storage(folder):
-        if folder.is_symlink():
-            folder.unlink()
-            return
-        for path in sorted(folder.iterdir(), key=lambda path: path.name != "manifest.json"):
+    with storage(path):
+        if path.is_symlink() or not path.is_dir():
             path.unlink()
-        folder.rmdir()
+            return
+        for file in sorted(path.iterdir(), key=lambda file: file.name != "manifest.json"):
+            file.unlink()
+        path.rmdir()

@@ -3,7 +3,8 @@
 step-00000100/            complete: it has a manifest, and a name that only a complete folder is given
 step-00000100.tmp/        being written or removed, or left by a run that died
 step-00000100.old/        the one that a new folder of the same name replaces, while it does
-step-00000100.aside/      damaged, or of a past that the run has left: kept, never read, never counted
+step-00000100.aside/      damaged, or of a past that the run has left: kept, never read, never counted;
+                          then .aside-2 and so on
 latest                    the name of the newest, for people and scripts; the engine looks for itself
 """
 

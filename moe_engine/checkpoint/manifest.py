@@ -9,12 +9,11 @@ It is read as bytes first and as JSON only when they are the ones that were writ
 
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_engine.checkpoint import disk
+from moe_engine.checkpoint import disk, folders
 from moe_engine.checkpoint.shard import digest_of
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import size_in
@@ -38,14 +37,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     body, seal, rest = text.rpartition(SEAL)
     if not seal or rest != hashlib.sha256(body).hexdigest().encode() + b'"\n}\n':
         raise DataError(f"{path}: cut short or changed since it was written")
-    found = _format_of(text)
-    if found is None:
-        raise DataError(f"{path}: says nothing of a format; this is no manifest")
+    try:
+        manifest = json.loads(text)
+        found = manifest["format"]
+    except (ValueError, TypeError, KeyError):
+        raise DataError(f"{path}: says nothing of a format; this is no manifest") from None
     if found != FORMAT:
         raise ConfigError(
             f"{folder}: format {found}, this version reads format {FORMAT}; resume with the version that wrote it"
         )
-    return json.loads(text)
+    return manifest
 
 
 def file_in(folder: Path, name: str) -> Path:
@@ -53,13 +54,6 @@ def file_in(folder: Path, name: str) -> Path:
     if size_in(folder, folder / name) is None:
         raise DataError(f"{folder}: {name[:80]!r} is missing or no regular file; this is no complete checkpoint")
     return folder / name
-
-
-def _format_of(text: bytes) -> Any:
-    try:
-        return json.loads(text).get("format")
-    except (ValueError, AttributeError):
-        return None
 
 
 def problems_of(
@@ -74,7 +68,7 @@ def problems_of(
     if part == 0:
         there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {NAME}
         problems += [f"{folder / name}: not a file of this checkpoint" for name in sorted(there - expected.keys())]
-    named = re.fullmatch(r"step-(\d+)", folder.name)
+    named = folders.NAME.fullmatch(folder.name)
     if named and int(named[1]) != manifest["step"]:
         problems.append(f"{folder}: holds step {manifest['step']}; the folder was renamed or copied")
     for name in sorted(expected)[part::parts]:

@@ -107,9 +107,8 @@ class Reader:
         for file, i, stored in self.pieces.get(wanted.name, []):
             if len(stored.box) != len(wanted.box) or overlap(stored.box, wanted.box) is None:
                 continue
-            run: Tensor = self.files[file].get_tensor(
-                key_of(kind, i, wanted.name)
-            )  # mapped: what is unused is not read
+            # mapped: what is not used is not read
+            run: Tensor = self.files[file].get_tensor(key_of(kind, i, wanted.name))
             for source, source_place in stored.boxes():
                 for target, target_place in targets:
                     if both := overlap(source, target):

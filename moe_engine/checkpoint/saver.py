@@ -194,8 +194,8 @@ class Saver:
         probe = self.root.with_name(f".{self.root.name}-shared")
 
         def write() -> None:
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(token)
+            disk.make_folder(probe.parent)
+            disk.write_file(probe, [token])
 
         def read() -> None:
             if not probe.is_file() or probe.read_bytes() != token:
@@ -203,7 +203,7 @@ class Saver:
 
         together(write, self.world, everywhere=False)
         together(read, self.world)
-        together(lambda: probe.unlink(missing_ok=True), self.world, everywhere=False)
+        together(lambda: disk.remove(probe), self.world, everywhere=False)
 
 
 def _raise(outcome: Digest | Exception) -> None:

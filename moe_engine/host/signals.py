@@ -1,8 +1,7 @@
 """What the outside asks of a run: SIGTERM and SIGINT to save and end, SIGUSR1 to save and go on.
 
 A handler notes the wish and returns; the loop asks for it between two steps, where all ranks act on what any of them
-was told. A second signal changes nothing, so none can interrupt a save. No torch here: the handlers are in place before
-it is imported.
+was told. A second signal changes nothing, so none can interrupt a save.
 """
 
 import signal

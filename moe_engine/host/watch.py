@@ -98,11 +98,7 @@ class Watch:
             said = self.store.multi_get(keys)  # pyright: ignore[reportAttributeAccessIssue]
         else:
             said = [self.store.get(key) if self.store.check([key]) else None for key in keys]
-        found: dict[int, State | None] = {}
-        for rank, text in enumerate(said):
-            step, where, at, call = json.loads(text) if text else (0, "", 0.0, None)
-            found[rank] = State(step, where, time.time() - at, call) if text else None
-        return found
+        return {rank: _state(text) for rank, text in enumerate(said)}
 
     def _report(self, step: int, where: str) -> None:
         try:
@@ -123,6 +119,14 @@ class Watch:
             "takes that long\n"
         )
         sys.stderr.flush()
+
+
+def _state(text: bytes | None) -> State | None:
+    """What a rank wrote, None when it never has."""
+    if not text:
+        return None
+    step, where, at, call = json.loads(text)
+    return State(step, where, time.time() - at, call)
 
 
 def culprits(states: dict[int, State | None], silence: float) -> str:

@@ -23,7 +23,7 @@ def failures(tmp_path: Path, name: str, count: int) -> list[str]:
 def test_rows_and_the_last_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert main(["--only", "C5,C4", "--count", "4", "--json", str(tmp_path / "rows.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("C5  the disk says no") and lines[1].split()[-3:-1] == ["4", "0"]
+    assert lines[1].startswith("C5      the disk says no") and lines[1].split()[-3:-1] == ["4", "0"]
     assert lines[-1] == "injections 8, failures 0"
     with pytest.raises(SystemExit):
         main(["--only", "Z9"])

@@ -8,7 +8,8 @@ from moe_engine.checkpoint.folders import steps_in
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.loop import fit
-from tests.train.small import loop_run, make_corpus, trainer_of
+from tests.train.small import loop_run, trainer_of
+from tools.faults.arena import make_corpus
 from tools.inspect_checkpoint import main
 
 

@@ -1,6 +1,5 @@
 """A small MoE, its batches and its engine, for the tests of training; every function runs on one rank."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import Tensor
 from moe_engine.config import Data, Domain, Model, Optimizer, Parallel, Run, Train
 from moe_engine.data.corpus import open_corpus
 from moe_engine.data.loader import Batch
-from moe_engine.data.prepare import Options, prepare
 from moe_engine.log import Logger
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
@@ -90,20 +88,6 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     size = float(theirs.double().norm())
     difference = float((ours.double() - theirs.double()).norm())
     return difference / size if size else (0.0 if difference == 0 else float("inf"))
-
-
-def make_corpus(folder: Path) -> Path:
-    """Two domains of random words as bytes: no window occurs twice."""
-    draw = random.Random(0)
-    for name, words in (
-        ("prose", "the of and to in is was that for on"),
-        ("code", "def return if else import x y z = ( )"),
-    ):
-        text = " ".join(f"{draw.choice(words.split())}{draw.randrange(10**6)}" for _ in range(1500))
-        (folder / f"{name}.txt").write_text(text)
-    files = {name: [folder / f"{name}.txt"] for name in ("prose", "code")}
-    prepare(files, folder / "tokens", None, Options(eval_fraction=0.1), quiet=True)
-    return folder / "tokens"
 
 
 def loop_run(

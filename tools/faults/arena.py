@@ -16,6 +16,20 @@ from moe_engine.data.prepare import Options, prepare
 Injections = Iterator[str | None]
 
 
+def make_corpus(folder: Path) -> Path:
+    """A prepared folder of two domains, prose and code, random words as bytes: no window of 9 occurs twice."""
+    draw = random.Random(0)
+    for name, words in (
+        ("prose", "the of and to in is was that for on"),
+        ("code", "def return if else import x y z = ( )"),
+    ):
+        text = " ".join(f"{draw.choice(words.split())}{draw.randrange(10**6)}" for _ in range(1500))
+        (folder / f"{name}.txt").write_text(text)
+    files = {name: [folder / f"{name}.txt"] for name in ("prose", "code")}
+    prepare(files, folder / "tokens", None, Options(eval_fraction=0.1), quiet=True)
+    return folder / "tokens"
+
+
 class Fault(NamedTuple):
     """One row of the battery: how often it is injected in the short and in the long tier (0: left out)."""
 
@@ -47,18 +61,9 @@ class Arena:
         return folder
 
     def corpus(self) -> Path:
-        """A prepared folder of two domains, prose and code, in which no window of 17 bytes occurs twice."""
+        """The corpus of `make_corpus`, made once."""
         if self._corpus is None:
-            folder, draw = self.folder("corpus"), random.Random(0)
-            for name, words in (
-                ("prose", "the of and to in is was that for on"),
-                ("code", "def return if else x y = ( )"),
-            ):
-                text = " ".join(f"{draw.choice(words.split())}{draw.randrange(10**6)}" for _ in range(1500))
-                (folder / f"{name}.txt").write_text(text)
-            files = {name: [folder / f"{name}.txt"] for name in ("prose", "code")}
-            prepare(files, folder / "tokens", None, Options(eval_fraction=0.1), quiet=True)
-            self._corpus = folder / "tokens"
+            self._corpus = make_corpus(self.folder("corpus"))
         return self._corpus
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,11 +19,12 @@ from moe_engine.checkpoint.folders import steps_in
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import Reader, choose
 from moe_engine.checkpoint.saver import Saver, Shard
+from moe_engine.config import Run
 from moe_engine.errors import EngineError
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Axis, build_mesh
 from tools.faults.arena import Arena, Fault, Injections
-from tools.faults.ranks import Layout, Ranks, difference, losses_of, run_of, trace_of, train_to_the_end
+from tools.faults.ranks import Before, Layout, Ranks, difference, losses_of, run_of, times_done, train_to_the_end
 
 LAYOUTS: list[Layout] = [(1, 2, 1), (2, 2, 1), (1, 2, 2), (1, 4, 1), (1, 2, 1), (2, 2, 2)]
 DEADLINE = 20.0  # seconds in which the survivors of a kill have to end; a lost connection tells them at once, except
@@ -53,20 +54,32 @@ def _run(arena: Arena, layout: Layout, behind: bool) -> Path:
     return out
 
 
+class Battered(NamedTuple):
+    """A run that something is about to happen to, and the one that nothing happened to."""
+
+    run: Run
+    ranks: Ranks
+    truth: Path
+    seconds: float  # that the untouched run took
+
+
+def launched(arena: Arena, layout: Layout = (1, 2, 1), behind: bool = False, before: Before | None = None) -> Battered:
+    """Ranks that have just been started, in a folder of their own."""
+    truth, seconds = untouched(arena, layout, behind)
+    run = run_of(arena.corpus(), arena.folder("battered"), layout, async_save=behind)
+    return Battered(run, Ranks(run, before), truth, seconds)
+
+
 def killed_ranks(arena: Arena, count: int) -> Injections:
     """A1: SIGKILL of one rank, half of the time while a checkpoint is being written."""
     for i in range(count):
-        layout, behind = LAYOUTS[i % len(LAYOUTS)], i % 4 >= 2
-        truth, seconds = untouched(arena, layout, behind)
-        out = arena.folder("killed")
-        run = run_of(arena.corpus(), out, layout, async_save=behind)
-        ranks = Ranks(run)
+        run, ranks, truth, seconds = launched(arena, LAYOUTS[i % len(LAYOUTS)], behind=i % 4 >= 2)
         if i % 2:
             in_a_save(ranks, arena.draw)
         else:
             time.sleep(arena.draw.uniform(0.05, seconds))
         ranks.signal(arena.draw.randrange(run.world_size), signal.SIGKILL)
-        yield after_a_kill(ranks, out) or go_on(run, truth)
+        yield after_a_kill(ranks) or go_on(run, truth)
 
 
 def killed_again_and_again(arena: Arena, count: int) -> Injections:
@@ -79,7 +92,7 @@ def killed_again_and_again(arena: Arena, count: int) -> Injections:
         ranks = Ranks(run)
         time.sleep(arena.draw.uniform(0.6, 1.0) * seconds)
         ranks.signal(arena.draw.randrange(2), signal.SIGKILL)
-        found = after_a_kill(ranks, out)
+        found = after_a_kill(ranks)
         newest = max(steps_in(out / "checkpoints"), default=0)
         yield found or (f"went back from step {done} to {newest}" if newest < done else None)
         done = newest
@@ -96,7 +109,7 @@ def in_a_save(ranks: Ranks, draw: random.Random) -> None:
     time.sleep(draw.uniform(0, 0.02))
 
 
-def after_a_kill(ranks: Ranks, out: Path) -> str | None:
+def after_a_kill(ranks: Ranks) -> str | None:
     """The survivors ended in time, and not as if nothing had happened."""
     codes = ranks.wait(DEADLINE)
     if None in codes:
@@ -106,17 +119,19 @@ def after_a_kill(ranks: Ranks, out: Path) -> str | None:
     return None
 
 
-def go_on(run: Any, truth: Path) -> str | None:
-    """Resume to the end; the whole is the untouched run, and no step before the last save is done again."""
+def go_on(run: Run, truth: Path) -> str | None:
+    """Resume to the end; the whole is the untouched run, and no step up to the last save is missing or done again."""
     out = Path(run.train.out)
     saved = max(steps_in(out / "checkpoints"), default=0)
-    done_before = {key: len(values) for key, values in trace_of(out).items() if key[1] <= saved}
+    before = times_done(out, saved)
     if found := train_to_the_end(run):
         return found
     if found := difference(out, truth):
         return found
-    if len(done_before) != saved * run.world_size or len(losses_of(out)) != run.train.steps:
+    if len(before) != saved * run.world_size or len(losses_of(out)) != run.train.steps:
         return f"a step up to the last save, {saved}, is missing"
+    if again := times_done(out, saved) - before:
+        return f"saved was step {saved}, but (rank, step) {sorted(again)[:4]} are done again"
     shutil.rmtree(out)
     return None
 

@@ -5,14 +5,14 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 from moe_engine.checkpoint.folders import steps_in
+from moe_engine.config import Run
 from moe_engine.parallel.collectives import barrier
 from moe_engine.train.loop import Trainer
 from tools.faults.arena import Arena, Fault, Injections
-from tools.faults.kills import LAYOUTS, go_on, in_a_save, untouched
-from tools.faults.ranks import Layout, Ranks, last_words, run_of, trace_of
+from tools.faults.kills import LAYOUTS, go_on, in_a_save, launched
+from tools.faults.ranks import Before, Layout, Ranks, before_each_step, last_words, run_of, trace_of
 
 GRACE = 25.0  # seconds; torchrun and Slurm kill after 30
 
@@ -20,14 +20,10 @@ GRACE = 25.0  # seconds; torchrun and Slurm kill after 30
 def told_to_stop(arena: Arena, count: int) -> Injections:
     """B1: SIGTERM to one rank or to all, at any moment from the start on."""
     for i in range(count):
-        layout, behind = LAYOUTS[i % len(LAYOUTS)], i % 4 >= 2
-        truth, seconds = untouched(arena, layout, behind)
-        out = arena.folder("stopped")
-        run = run_of(arena.corpus(), out, layout, async_save=behind)
-        ranks = Ranks(run)
+        run, ranks, truth, seconds = launched(arena, LAYOUTS[i % len(LAYOUTS)], behind=i % 4 >= 2)
         time.sleep(arena.draw.uniform(0.05, seconds))
         whom = range(run.world_size) if i % 2 else [arena.draw.randrange(run.world_size)]
-        at = steps_done(out)
+        at = steps_done(ranks.out)
         for rank in whom:
             ranks.signal(rank, signal.SIGTERM)
         yield stopped_well(ranks, run, at) or go_on(run, truth)
@@ -35,13 +31,10 @@ def told_to_stop(arena: Arena, count: int) -> Injections:
 
 def told_again(arena: Arena, count: int) -> Injections:
     """B2: SIGTERM and SIGINT once more during the save."""
-    truth, _ = untouched(arena, (1, 2, 1))
     for _ in range(count):
-        out = arena.folder("again")
-        run = run_of(arena.corpus(), out, (1, 2, 1))
-        ranks = Ranks(run)
+        run, ranks, truth, _ = launched(arena)
         in_a_save(ranks, arena.draw)
-        at = steps_done(out)
+        at = steps_done(ranks.out)
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             ranks.signal(0, number)
             ranks.signal(1, number)
@@ -51,31 +44,25 @@ def told_again(arena: Arena, count: int) -> Injections:
 
 def told_to_save(arena: Arena, count: int) -> Injections:
     """B3: SIGUSR1 saves and goes on; the run is the untouched one, with more checkpoints."""
-    truth, seconds = untouched(arena, (1, 2, 1))
     for _ in range(count):
-        out = arena.folder("saved")
-        run = run_of(arena.corpus(), out, (1, 2, 1))
-        ranks = Ranks(run, before=_usr1_at(arena.draw.randrange(1, 11)))
+        run, ranks, truth, seconds = launched(arena, before=_usr1_at(arena.draw.randrange(1, 11)))
         codes = ranks.wait(seconds + 60)
-        more = len(steps_in(out / "checkpoints"))
+        more = len(steps_in(ranks.out / "checkpoints"))
         if set(codes) != {0} or more not in (4, 5):
-            yield f"exit codes {codes}, {more} checkpoints: {last_words(out)}"
+            yield f"exit codes {codes}, {more} checkpoints: {last_words(ranks.out)}"
         else:
             yield go_on(run, truth)
 
 
-def _usr1_at(step: int) -> Any:
+def _usr1_at(step: int) -> Before:
     """A rank sends itself the signal when it has done `step`."""
 
     def before(rank: int, trainer: Trainer) -> None:
-        inner, done = trainer.loader.next_step, iter(range(10**9))
-
-        def next_step() -> Any:
-            if next(done) == step and rank == 1:
+        def act(done: int) -> None:
+            if done == step and rank == 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            return inner()
 
-        trainer.loader.next_step = next_step
+        before_each_step(trainer, act)
 
     return before
 
@@ -85,7 +72,7 @@ def steps_done(out: Path) -> int:
     return max((step for _, step in trace_of(out)), default=0)
 
 
-def stopped_well(ranks: Ranks, run: Any, at: int) -> str | None:
+def stopped_well(ranks: Ranks, run: Run, at: int) -> str | None:
     """All ranks end with 75 within the grace period, with their last step saved.
 
     at: the step that was done when they were told. A run that was about to end anyway may end with 0.
@@ -109,21 +96,19 @@ def standing_still(arena: Arena, count: int) -> Injections:
         yield _reported(out, codes, victim, kind)
 
 
-def _hold_up(victim: int, kind: str, step: int) -> Any:
+def _hold_up(victim: int, kind: str, step: int) -> Before:
     def before(rank: int, trainer: Trainer) -> None:
-        inner, done = trainer.loader.next_step, iter(range(10**9))
+        def act(done: int) -> None:
+            if done != step or rank != victim:
+                return
+            if kind == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif kind == "asleep":
+                time.sleep(600)
+            else:  # one collective more than the others: what follows meets the wrong partners, or nobody
+                barrier(trainer.mesh.world)
 
-        def next_step() -> Any:
-            if next(done) == step and rank == victim:
-                if kind == "stopped":
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                elif kind == "asleep":
-                    time.sleep(600)
-                else:  # one collective more than the others: what follows meets the wrong partners, or nobody
-                    barrier(trainer.mesh.world)
-            return inner()
-
-        trainer.loader.next_step = next_step
+        before_each_step(trainer, act)
 
     return before
 
@@ -145,11 +130,9 @@ def _reported(out: Path, codes: list[int | None], victim: int, kind: str) -> str
 
 def two_in_one_folder(arena: Arena, count: int) -> Injections:
     """A7: a second run in the same --out is refused and told who is there; the first one goes on."""
-    truth, _ = untouched(arena, (1, 2, 1))
     for _ in range(count):
-        out = arena.folder("shared")
-        run = run_of(arena.corpus(), out, (1, 2, 1))
-        first = Ranks(run)
+        run, first, truth, _ = launched(arena)
+        out = first.out
         while not (out / "metrics.jsonl").is_file() and first.running():
             time.sleep(0.01)
         second = Ranks(run_of(arena.corpus(), out, (1, 1, 1)))

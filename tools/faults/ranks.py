@@ -9,6 +9,7 @@ Ranks are forked from this process, which has torch loaded, and end with the exi
 
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,7 +18,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ MODEL = Model(
     moe_intermediate_size=24, num_local_experts=8, expert_bias_update_rate=0.01, router_jitter_noise=0.05,
     initializer_range=0.1,
 )  # fmt: skip
+Before = Callable[[int, Trainer], None]  # called on every rank between building the trainer and training
 Trace = dict[tuple[int, int], set[str]]  # (rank, step) -> what was written for it, once or more often
 
 
@@ -65,9 +68,9 @@ def run_of(corpus: Path, out: Path, layout: Layout, *, zero: int = 2, jitter: bo
 
 
 class Ranks:
-    """The processes of one launch. before: called on every rank between building the trainer and training."""
+    """The processes of one launch."""
 
-    def __init__(self, run: Run, before: Callable[[int, Trainer], None] | None = None) -> None:
+    def __init__(self, run: Run, before: Before | None = None) -> None:
         self.out = Path(run.train.out)
         self.out.mkdir(exist_ok=True)
         self.meeting = tempfile.TemporaryDirectory()
@@ -121,16 +124,38 @@ def last_words(out: Path) -> str:
     return " | ".join(said)
 
 
-def trace_of(out: Path) -> Trace:
-    """What every rank wrote for every step; a line that a kill cut short is left out."""
-    trace: Trace = {}
+def before_each_step(trainer: Trainer, act: Callable[[int], None]) -> None:
+    """From now on act(steps that this process has done) comes before each batch is read."""
+    read, done = trainer.loader.next_step, itertools.count()
+
+    def next_step() -> Any:
+        act(next(done))
+        return read()
+
+    trainer.loader.next_step = next_step
+
+
+def written(out: Path) -> Iterator[tuple[tuple[int, int], str]]:
+    """(rank, step) and the rest of each line of the traces; a line that a kill cut short is left out."""
     for path in out.glob("trace-rank-*.jsonl"):
         rank = int(path.stem.rpartition("-")[2])
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):
                 step, *rest = json.loads(line)
-                trace.setdefault((rank, step), set()).add(json.dumps(rest))
+                yield (rank, step), json.dumps(rest)
+
+
+def trace_of(out: Path) -> Trace:
+    """What every rank wrote for every step."""
+    trace: Trace = {}
+    for key, text in written(out):
+        trace.setdefault(key, set()).add(text)
     return trace
+
+
+def times_done(out: Path, last: int) -> Counter[tuple[int, int]]:
+    """How often each rank has done each step up to `last`."""
+    return Counter(key for key, _ in written(out) if key[1] <= last)
 
 
 def losses_of(out: Path) -> list[tuple[int, str, str]]:
@@ -156,7 +181,7 @@ def difference(out: Path, untouched: Path) -> str | None:
     return None if files[0] == files[1] else "the last checkpoints differ"
 
 
-def _rank(run: Run, rank: int, meeting: str, before: Callable[[int, Trainer], None] | None) -> None:
+def _rank(run: Run, rank: int, meeting: str, before: Before | None) -> None:
     requests = Requests().listen()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
     out = Path(run.train.out)
@@ -179,9 +204,7 @@ def _rank(run: Run, rank: int, meeting: str, before: Callable[[int, Trainer], No
     os._exit(code)  # a forked child must not run the parent's exit handlers
 
 
-def _train(
-    run: Run, rank: int, meeting: str, requests: Requests, before: Callable[[int, Trainer], None] | None
-) -> None:
+def _train(run: Run, rank: int, meeting: str, requests: Requests, before: Before | None) -> None:
     out, world = Path(run.train.out), run.world_size
     held = lock(out) if rank == 0 else None
     watch = Watch(dist.FileStore(str(Path(meeting) / "watch"), world), rank, world, run.train.step_timeout, out)

@@ -11,7 +11,7 @@ from moe_engine.log import read_rows
 from moe_engine.train.loop import Trainer
 from tools.faults.arena import Arena, Fault, Injections
 from tools.faults.kills import after_a_kill, go_on
-from tools.faults.ranks import Layout, Ranks, last_words, run_of
+from tools.faults.ranks import Before, Layout, Ranks, before_each_step, last_words, run_of
 
 LAYOUT: Layout = (1, 2, 1)
 KEEP, SAVE_EVERY, PER_KILL = 3, 20, 100
@@ -33,7 +33,7 @@ def killed_on_the_way(arena: Arena, count: int) -> Injections:
         while ranks.running() and _done(out) < goal:
             time.sleep(0.01)
         ranks.signal(arena.draw.randrange(2), signal.SIGKILL)
-        found = after_a_kill(ranks, out)
+        found = after_a_kill(ranks)
         kept = len(steps_in(out / "checkpoints"))
         yield found or (None if kept <= KEEP + 1 else f"{kept} checkpoints after kill {i + 1}, of {KEEP} to keep")
     yield go_on(run, truth)
@@ -46,21 +46,20 @@ def _done(out: Path) -> int:
     return rows[-1]["step"] if rows else 0
 
 
-def _usage_to(path: Path):
-    """Rank 0 writes its resident pages and open files after each step."""
+def _usage_to(path: Path) -> Before:
+    """Rank 0 writes its resident pages and open files before each step."""
 
     def before(rank: int, trainer: Trainer) -> None:
         if rank:
             return
-        file, inner = path.open("a"), trainer.loader.next_step
+        file = path.open("a")
 
-        def next_step():
+        def act(done: int) -> None:
             resident = int(Path("/proc/self/statm").read_text().split()[1])
             file.write(f"{resident} {len(os.listdir('/proc/self/fd'))}\n")
             file.flush()
-            return inner()
 
-        trainer.loader.next_step = next_step
+        before_each_step(trainer, act)
 
     return before
 
