@@ -114,8 +114,9 @@ def train(run: Run, rank: int, world: int, store: Any, log: Logger, beat: Callab
     """Mesh, text and model of this rank, then the loop; every rank of the launch calls it."""
     device, mesh = start_ranks(run, rank, world, store)
     requests = Requests().listen()  # until here a signal ends a rank at once: it waits for others, and has done nothing
-    from moe_engine.data.corpus import open_corpus, prepare_default_corpus
+    from moe_engine.data.corpus import open_corpus
     from moe_engine.parallel.collectives import barrier
+    from moe_engine.prepare.default import prepare_default_corpus
     from moe_engine.train.loop import build, fit
 
     if not run.data.domains:

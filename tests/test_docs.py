@@ -10,9 +10,9 @@ from pydantic_core import PydanticUndefined
 from moe_engine.config import AuxLoss, RopeScaling
 from moe_engine.config_cli import load
 from moe_engine.config_report import SECTIONS
-from moe_engine.data.formats import ROW_SUFFIXES, TEXT_KEYS, TEXT_SUFFIXES
 from moe_engine.log import SCALAR_TAGS, progress_line
 from moe_engine.parallel.mesh import rank_lists
+from moe_engine.prepare.formats import ROW_SUFFIXES, TEXT_KEYS, TEXT_SUFFIXES
 from tests.test_readme import mistakes
 
 ROOT = Path(__file__).parent.parent

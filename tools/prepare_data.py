@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turns text files into token shards for training: see moe_engine/data/prepare.py.
+"""Turns text files into token shards for training: see moe_engine/prepare/pipeline.py.
 
 python tools/prepare_data.py --input book.txt notes/ --out data/mine
 python tools/prepare_data.py --domain web=web.jsonl.gz --domain code=src/ --tokenizer tokenizer.model --out data/mix
@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moe_engine.data.prepare import Options, prepare, stdlib_sources
 from moe_engine.errors import ConfigError, EngineError
 from moe_engine.log import printable
+from moe_engine.prepare.pipeline import Options, prepare, stdlib_sources
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

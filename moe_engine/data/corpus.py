@@ -1,18 +1,9 @@
-"""The text of a run: its domains opened for training and evaluation, or the default corpus made on the spot."""
-
-from pathlib import Path
+"""The text of a run: its domains, opened for training and for evaluation."""
 
 from moe_engine.config import Run
 from moe_engine.data.loader import OpenDomain, open_domains
-from moe_engine.data.prepare import Options, prepare, stdlib_sources
 from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import DataError
-
-
-def prepare_default_corpus(folder: Path, run: Run) -> None:
-    """The running Python's standard library as tokens under `folder`: real text, nothing to download."""
-    options = Options(eval_fraction=run.data.eval_fraction, on_bad_row="skip")
-    prepare({"stdlib": stdlib_sources()}, folder, run.data.tokenizer, options, overwrite=True, quiet=True)
 
 
 def open_corpus(run: Run) -> tuple[list[OpenDomain], list[OpenDomain]]:

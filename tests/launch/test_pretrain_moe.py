@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from moe_engine.data.prepare import Options, prepare
 from moe_engine.log import read_rows
+from moe_engine.prepare.pipeline import Options, prepare
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "launch/pretrain_moe.py"

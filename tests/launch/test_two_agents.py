@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_engine.data.prepare import Options, prepare
 from moe_engine.log import read_rows
+from moe_engine.prepare.pipeline import Options, prepare
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_engine.data.prepare import Options, prepare
+from moe_engine.prepare.pipeline import Options, prepare
 
 Injections = Iterator[str | None]
 

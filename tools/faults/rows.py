@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from moe_engine.data.prepare import BAD_ROWS, Options, prepare
 from moe_engine.data.tokenizer import END_OF_DOCUMENT
 from moe_engine.errors import DataError, EngineError
 from moe_engine.log import printable
+from moe_engine.prepare.pipeline import BAD_ROWS, Options, prepare
 from tools.faults.arena import Arena, Injections
 
 DEFECTS: dict[str, bytes] = {

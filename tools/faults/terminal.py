@@ -154,7 +154,7 @@ def logged() -> Iterator[tuple[str, Speaker]]:
         from rich.console import Console
         from rich.progress import Progress as Bar
 
-        from moe_engine.data.progress import Progress
+        from moe_engine.prepare.progress import Progress
 
         with Progress(1, quiet=True) as progress:
             text = io.StringIO()

@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from moe_engine.data.json_array import BadValue, array_values, unique_fields
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.prepare.json_array import BadValue, array_values, unique_fields
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")

@@ -26,8 +26,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from moe_engine.data.formats import BadRow, Piece, documents, list_files, read_pieces
-from moe_engine.data.progress import Progress
 from moe_engine.data.shards import (
     MANIFEST,
     SHARD_TOKENS,
@@ -40,6 +38,8 @@ from moe_engine.data.shards import (
 )
 from moe_engine.data.tokenizer import Tokenizer, load_tokenizer
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.prepare.formats import BadRow, Piece, documents, list_files, read_pieces
+from moe_engine.prepare.progress import Progress
 
 GROUP = 1 << 20  # bytes of input that one worker call takes
 BAD_ROWS = "bad_rows.jsonl"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_engine.data import formats
-from moe_engine.data.formats import BadRow, Document, documents, list_files, read_pieces
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.prepare import formats
+from moe_engine.prepare.formats import BadRow, Document, documents, list_files, read_pieces
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data files are not beside the repository")
@@ -97,7 +97,7 @@ def test_defect_in_an_array_costs_its_own_row(tmp_path: Path, defect: str, place
 
 @pytest.mark.parametrize("seed", range(30))
 def test_array_read_in_small_blocks_equals_json(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_engine.data import json_array
+    from moe_engine.prepare import json_array
 
     monkeypatch.setattr(json_array, "BLOCK", 1 + seed)
     generator = random.Random(seed)

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from moe_engine.data.progress import SHOWN_BAD_ROWS, Progress
+from moe_engine.prepare.progress import SHOWN_BAD_ROWS, Progress
 
 
 def test_brackets_of_a_row_are_no_markup() -> None:

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from moe_engine.data.loader import Loader, open_domains
-from moe_engine.data.prepare import Options, prepare, stdlib_sources
 from moe_engine.data.shards import MANIFEST, TokenDataset
 from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.prepare.pipeline import Options, prepare, stdlib_sources
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -79,7 +79,7 @@ def test_documents_come_out_in_order_with_their_end(tmp_path: Path) -> None:
 
 
 def test_two_workers_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_engine.data import prepare as module
+    from moe_engine.prepare import pipeline as module
 
     monkeypatch.setattr(module, "GROUP", 5000)
     domains = corpus(tmp_path / "in")
@@ -227,7 +227,7 @@ def test_long_line_in_bounded_memory(tmp_path: Path) -> None:
         file.write(b'{"text": "first"}\n{"text": "' + b"x" * 100_000_000 + b'"}\n{"text": "last"}\n')
     script = r"""
 import re, sys
-from moe_engine.data.prepare import Options, prepare
+from moe_engine.prepare.pipeline import Options, prepare
 options = Options(on_bad_row="skip", eval_fraction=0.0)
 m = prepare({"d": [sys.argv[1]]}, sys.argv[2], options=options, workers=1, quiet=True)
 peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())
