@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from moe_engine.config import Model
-from moe_engine.config_files import model_from_hf, parse_yaml, preset_names, read_mapping, read_model
+from moe_engine.config_files import parse_yaml, preset_names, read_mapping, read_model
+from moe_engine.config_hf import model_from_hf
 from moe_engine.errors import ConfigError
 
 PUBLISHED = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "configs_hf"

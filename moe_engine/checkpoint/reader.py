@@ -9,14 +9,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from moe_engine.checkpoint.agreement import together
 from moe_engine.checkpoint.folders import folder_of, steps_in
 from moe_engine.checkpoint.manifest import NAME, file_in, problems_of, read_manifest
-from moe_engine.checkpoint.pieces import Box, Piece, overlap, within
-from moe_engine.checkpoint.shard import open_shard
+from moe_engine.checkpoint.pieces import Piece
+from moe_engine.checkpoint.shard import SUFFIX
+from moe_engine.checkpoint.source import Source, Stored
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.parallel.collectives import gather_bytes
 from moe_engine.parallel.mesh import Axis
@@ -88,61 +88,27 @@ def verify(folder: Path, world: Axis, beat: Callable[[], None] = lambda: None) -
     return list(dict.fromkeys(found))
 
 
-class Reader:
+class Reader(Source):
     """A verified checkpoint, opened; tensors are read when they are asked for."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.manifest = folder, read_manifest(folder)
-        self.files = {name: open_shard(file_in(folder, name)) for name in self.manifest["files"]}
-        self.pieces: dict[str, list[tuple[str, int, Piece]]] = {}
-        for file, opened in self.files.items():
-            for i, (name, box, start, length) in enumerate(json.loads(opened.metadata()["pieces"])):
-                self.pieces.setdefault(name, []).append((file, i, Piece(name, tuple(map(tuple, box)), start, length)))
-
-    def fill(self, kind: str, wanted: Piece, out: Tensor) -> None:
-        """Copy the elements of a piece of one kind ("master", "exp_avg", ...) into the flat `out`; DataError if any
-        is missing. At most one stored piece is in host memory at a time."""
-        missing = wanted.length
-        targets = list(wanted.boxes())
-        for file, i, stored in self.pieces.get(wanted.name, []):
-            if len(stored.box) != len(wanted.box) or overlap(stored.box, wanted.box) is None:
-                continue
-            # mapped: what is not used is not read
-            run: Tensor = self.files[file].get_tensor(key_of(kind, i, wanted.name))
-            for source, source_place in stored.boxes():
-                for target, target_place in targets:
-                    if both := overlap(source, target):
-                        part = within(run, source, source_place, both)
-                        within(out, target, target_place, both).copy_(part)
-                        missing -= part.numel()
-        if missing:
-            raise DataError(
-                f"{self.folder}: {missing} of {wanted.length} elements of {wanted.name} are not there; resume with the "
-                "model that wrote it"
-            )
-
-    def whole(self, name: str, kind: str = "master") -> Tensor:
-        """The whole tensor of one kind of one weight, fp32."""
-        if name not in self.manifest["weights"]:
-            raise DataError(f"{self.folder}: no weight {name}")
-        shape = self.manifest["weights"][name]
-        box: Box = tuple((0, side) for side in shape)
-        out = torch.empty(torch.Size(shape).numel())
-        self.fill(kind, Piece(name, box, 0, out.numel()), out)
-        return out.view(shape)
+    def __init__(self, folder: Path, keep_open: int = 0):
+        self.manifest = read_manifest(folder)
+        super().__init__(folder, {name: tuple(s) for name, s in self.manifest["weights"].items()}, {}, keep_open)
+        stored: dict[str, list[Stored]] = {}
+        files = [file_in(folder, name) for name in self.manifest["files"]]
+        for path in (path for path in files if path.suffix == SUFFIX):
+            for i, (name, box, start, length) in enumerate(json.loads(self.file(path).metadata()["pieces"])):
+                piece = Piece(name, tuple(map(tuple, box)), start, length)
+                stored.setdefault(name, []).append(Stored(path, f"{i}/{name}", piece))
+        self.stored = stored
 
     def extra(self, rank: int) -> dict[str, Tensor]:
         """The small tensors that rank `rank` of the writing run stored."""
-        opened = self.files[rank_file(rank)]
+        opened = self.file(file_in(self.folder, rank_file(rank)))
         names = [key for key in opened.keys() if key.startswith("extra/")]  # noqa: SIM118 (not a dict)
         return {name.removeprefix("extra/"): opened.get_tensor(name) for name in names}
 
 
 def rank_file(rank: int) -> str:
     """The file of one rank."""
-    return f"rank-{rank:05d}.safetensors"
-
-
-def key_of(kind: str, number: int, name: str) -> str:
-    """The key of a tensor: its kind, the number of its piece in the file, the weight's name."""
-    return f"{kind}/{number}/{name}"
+    return f"rank-{rank:05d}{SUFFIX}"

@@ -26,7 +26,7 @@ from moe_engine.checkpoint.agreement import together
 from moe_engine.checkpoint.folders import folder_of, prune, publish, tidy
 from moe_engine.checkpoint.manifest import write_manifest
 from moe_engine.checkpoint.pieces import Piece
-from moe_engine.checkpoint.reader import key_of, rank_file
+from moe_engine.checkpoint.reader import rank_file
 from moe_engine.checkpoint.shard import Digest, size_of, write_shard
 from moe_engine.errors import DataError, EngineError, StorageError
 from moe_engine.parallel.collectives import gather_bytes, sum_
@@ -45,7 +45,7 @@ class Shard(NamedTuple):
         """Every tensor under its key in the file."""
         out = {f"extra/{name}": tensor for name, tensor in self.extra.items()}
         for i, (piece, kinds) in enumerate(self.pieces):
-            out |= {key_of(kind, i, piece.name): tensor for kind, tensor in kinds.items()}
+            out |= {f"{kind}/{i}/{piece.name}": tensor for kind, tensor in kinds.items()}
         return out
 
 

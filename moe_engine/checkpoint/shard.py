@@ -8,6 +8,7 @@ chunk of a tensor is copied to the host at a time.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from moe_engine.checkpoint.disk import write_file
 from moe_engine.errors import DataError
 
 CHUNK = 1 << 24  # bytes
+SUFFIX = ".safetensors"
 MAX_HEADER = 1 << 24  # bytes; safetensors itself would read 100 MB
 DTYPES = {
     torch.float64: "F64",
@@ -32,6 +34,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TORCH_OF = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Digest(NamedTuple):
@@ -57,34 +60,61 @@ class Hasher:
         return Digest(self.count, self.fast.hexdigest(), self.strong.hexdigest())
 
 
-def layout_of(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> tuple[bytes, list[str]]:
+class Entry(NamedTuple):
+    """A tensor to come."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def layout_of(entries: Mapping[str, Entry], metadata: dict[str, str]) -> tuple[bytes, list[str]]:
     """The header of a file and the order of its tensors: large elements first, so that all are aligned."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
     table: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name in names:
-        start, end = end, end + tensors[name].nbytes
-        shape = list(tensors[name].shape)
-        table[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+        entry = entries[name]
+        start, end = end, end + entry.nbytes
+        table[name] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, names
 
 
+def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """Tensors at hand as entries."""
+    return {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
 def size_of(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> int:
     """Bytes that write_shard will write."""
-    return len(layout_of(tensors, metadata)[0]) + sum(tensor.nbytes for tensor in tensors.values())
+    entries = entries_of(tensors)
+    return len(layout_of(entries, metadata)[0]) + sum(entry.nbytes for entry in entries.values())
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Digest:
     """Write and sync the file; StorageError where the disk refuses."""
-    header, names = layout_of(tensors, metadata)
+    return stream_shard(path, entries_of(tensors), tensors.__getitem__, metadata)
+
+
+def stream_shard(
+    path: Path, entries: Mapping[str, Entry], tensor_of: Callable[[str], Tensor], metadata: dict[str, str]
+) -> Digest:
+    """write_shard of tensors that are made when it is their turn, and of which one is held at a time."""
+    header, names = layout_of(entries, metadata)
     hasher = Hasher()
 
     def parts() -> Iterator[bytes | memoryview]:
         yield header
         for name in names:
-            yield from _chunks(tensors[name])
+            tensor = tensor_of(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == entries[name], f"{name} is not what was announced"
+            yield from _chunks(tensor)
 
     def hashed() -> Iterator[bytes | memoryview]:
         for part in parts():

@@ -1,0 +1,44 @@
+"""What a Hugging Face folder holds beside weights, kept byte for byte from the first folder to the last.
+
+An imported checkpoint has these files among its own; a run that starts from such a folder keeps them in OUT/hf.
+"""
+
+from pathlib import Path
+
+from moe_engine.checkpoint import disk
+from moe_engine.checkpoint.hf.folder import CONFIG
+from moe_engine.host.files import size_in
+
+NAMES = (
+    *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"),
+)
+MAX_BYTES = 1 << 28  # a tokenizer has tens of megabytes
+OF_A_RUN = "hf"  # the folder of a run that holds them
+
+
+def side_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that go along with its weights; a link of the hub's cache is read as what it leads to."""
+    out = {}
+    for name in NAMES:
+        path = folder / name
+        real = path.resolve() if path.is_symlink() and path.resolve().parent.name == "blobs" else path
+        size = size_in(real.parent, real)
+        if size is not None and size <= MAX_BYTES:
+            out[name] = real.read_bytes()
+    return out
+
+
+def keep_for_run(source: Path, out: Path) -> None:
+    """Copy them to OUT/hf, so that every checkpoint of the run can be exported with them."""
+    files = side_files(source)
+    disk.make_folder(out / OF_A_RUN)
+    for name, content in files.items():
+        disk.write_file(out / OF_A_RUN / name, [content])
+
+
+def of_checkpoint(folder: Path) -> dict[str, bytes]:
+    """The side files of a checkpoint: its own, or those that its run keeps; none for a run that began from nothing."""
+    own = side_files(folder)
+    return own or side_files(folder.resolve().parent.parent / OF_A_RUN)

@@ -1,0 +1,89 @@
+"""How the tensors of a Hugging Face folder make up the engine's weights: one table a family, for both directions.
+
+    Row("model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight", "layers.{i}.ffn.experts.w_gate_up[{e},0]")
+
+{i} runs over the layers, {e} over the first dimension of the weight; what is in brackets are indices: a tensor is a box
+of a weight, with its elements in the same order. A row counts where the model has that weight, so that a dense layer
+among expert layers, or a tied head, needs no rule of its own. Everything else follows from the shapes.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from moe_engine.checkpoint.pieces import Box, volume
+from moe_engine.config import Model
+from moe_engine.model.transformer import Transformer
+from moe_engine.parallel.mesh import Mesh
+from moe_engine.parallel.weight import note_of
+
+Shape = tuple[int, ...]
+TARGET = re.compile(r"(?P<weight>[^\[]+)(\[(?P<indices>[^\]]+)\])?")
+
+
+class Row(NamedTuple):
+    """theirs: name on disk. ours: a weight, or a part of it. merged: dimensions merged, merged + 1 of the part are one
+    on disk."""
+
+    theirs: str
+    ours: str
+    merged: int | None = None
+
+
+Table = dict[str, tuple[Row, ...]]  # the layouts that a family is written in; the first is the usual one
+
+
+class Place(NamedTuple):
+    """Where a tensor on disk lies in the engine: a box of a weight, and the tensor's shape on disk."""
+
+    weight: str
+    box: Box
+    shape: Shape
+
+
+def weight_shapes(model: Model) -> dict[str, Shape]:
+    """Name and whole shape of every weight of a model; nothing is allocated."""
+    with torch.device("meta"):
+        decoder = Transformer(model, Mesh())
+    return {name: note_of(parameter).shape for name, parameter in decoder.named_parameters()}
+
+
+def places(rows: tuple[Row, ...], shapes: Mapping[str, Shape]) -> dict[str, Place]:
+    """The place of each tensor on disk, in the order of the layers; asserts that the rows make up every weight."""
+    layers = 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("layers.")), default=-1)
+    out: dict[str, Place] = {}
+    per_layer = [row for row in rows if "{i}" in row.theirs]
+    before = rows.index(per_layer[0])
+    rest = [row for row in rows if "{i}" not in row.theirs]
+    for row in rest[:before]:
+        out |= _expand(row, 0, shapes)
+    for layer in range(layers):
+        for row in per_layer:
+            out |= _expand(row, layer, shapes)
+    for row in rest[before:]:
+        out |= _expand(row, 0, shapes)
+    covered = dict.fromkeys(shapes, 0)
+    for place in out.values():
+        covered[place.weight] += volume(place.box)
+    whole = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    assert covered == whole, f"the table does not make up {[name for name in whole if covered[name] != whole[name]]}"
+    return out
+
+
+def _expand(row: Row, layer: int, shapes: Mapping[str, Shape]) -> dict[str, Place]:
+    match = TARGET.fullmatch(row.ours)
+    assert match, row.ours
+    weight = match["weight"].format(i=layer)
+    if weight not in shapes:
+        return {}
+    shape, out = shapes[weight], {}
+    for expert in range(shape[0]) if "{e}" in row.theirs else (0,):
+        indices = [int(text.format(e=expert)) for text in (match["indices"] or "").split(",") if text]
+        box = (*((index, index + 1) for index in indices), *((0, side) for side in shape[len(indices) :]))
+        sides = list(shape[len(indices) :])
+        if row.merged is not None:
+            sides[row.merged : row.merged + 2] = [sides[row.merged] * sides[row.merged + 1]]
+        out[row.theirs.format(i=layer, e=expert)] = Place(weight, box, tuple(sides))
+    return out

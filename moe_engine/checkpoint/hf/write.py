@@ -1,0 +1,168 @@
+"""Weights out to a Hugging Face folder: shard by shard, one tensor in memory at a time, complete or not there at all.
+
+    source, under the engine's names -> the family's table -> model-00001-of-0000N.safetensors, index, config.json
+
+A factor on the routed output (`routed_scaling_factor`), which these families do not know, is multiplied into the
+experts' down projections; of powers of two that is exact.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from moe_engine.checkpoint import disk
+from moe_engine.checkpoint.hf.families import TABLES
+from moe_engine.checkpoint.hf.folder import CONFIG, INDEX, SINGLE
+from moe_engine.checkpoint.hf.table import Place, places
+from moe_engine.checkpoint.partial import Partial
+from moe_engine.checkpoint.shard import Digest, Entry, Hasher, stream_shard
+from moe_engine.checkpoint.source import Source
+from moe_engine.config import Model
+from moe_engine.config_hf import FAMILIES, model_to_hf
+from moe_engine.errors import ConfigError, DataError
+
+SHARD_BYTES = 5 * 10**9  # as transformers
+
+
+class Target(NamedTuple):
+    """What is written. family: a model_type. layout: of its experts. dtype: None keeps each tensor's own.
+    version: transformers' spelling of config.json, 4 or 5; None keeps it. side: other files, by name."""
+
+    family: str
+    layout: str
+    dtype: torch.dtype | None = None
+    version: int | None = None
+    side: Mapping[str, bytes] = {}
+    shard_bytes: int = SHARD_BYTES
+
+
+class Written(NamedTuple):
+    """tensors: hash of each. bytes: of all tensors."""
+
+    tensors: dict[str, str]
+    bytes: int
+
+
+def write_hf(
+    source: Source, model: Model, target: Target, out: Path, identity: Any, beat: Callable[[int], Any] = lambda n: None
+) -> Written:
+    """Write `out`, which must not exist. identity: JSON of what `source` is, by which an interrupted run goes on.
+
+    beat: told of the bytes of each tensor. ConfigError for a model that the family cannot hold, before anything is
+    written; StorageError when the disk refuses.
+    """
+    table = TABLES[target.family]
+    if target.layout not in table:
+        raise ConfigError(f"--expert-layout {target.layout}: {target.family} is written as {', '.join(table)}")
+    refuse_biases(model)
+    where = places(table[target.layout], source.shapes)
+    entries = {
+        name: Entry(target.dtype or source.dtype(place.weight, place.box), place.shape) for name, place in where.items()
+    }
+    config = config_text(model, target, entries)
+    shards = cut(entries, target.shard_bytes)
+    total = sum(entry.nbytes for entry in entries.values())
+    options = [target.family, target.layout, str(target.dtype), target.version, target.shard_bytes, config.decode()]
+    partial = Partial(out, [identity, options])
+    disk.require_space(partial.folder, total)
+    scale = 1.0 if "routed_scaling_factor" in FAMILIES[target.family].routing else model.routed_scaling_factor
+
+    def make(names: list[str]) -> Callable[[Path], tuple[Digest, dict[str, str]]]:
+        def write(path: Path) -> tuple[Digest, dict[str, str]]:
+            hashes: dict[str, str] = {}
+
+            def tensor_of(name: str) -> Tensor:
+                tensor = read(source, where[name], entries[name], scale)
+                hashes[name] = hash_of(tensor)
+                beat(tensor.nbytes)
+                return tensor
+
+            shard = {name: entries[name] for name in names}
+            return stream_shard(path, shard, tensor_of, {"format": "pt"}), hashes
+
+        return write
+
+    for file, names in shards.items():
+        if not partial.write(file, make(names)):
+            beat(sum(entries[name].nbytes for name in names))
+    files = {CONFIG: config} | {name: content for name, content in target.side.items() if name != CONFIG}
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        files[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    for name, content in files.items():
+        partial.write(name, lambda path, content=content: (write_bytes(path, content), {}))
+    partial.publish()
+    return Written(partial.tensors(), total)
+
+
+def read(source: Source, place: Place, entry: Entry, scale: float) -> Tensor:
+    """One tensor as it will lie on disk."""
+    if scale != 1.0 and place.weight.endswith("experts.w_down"):
+        return (source.part(place.weight, place.box, torch.float32) * scale).to(entry.dtype).view(entry.shape)
+    return source.part(place.weight, place.box, entry.dtype).view(entry.shape)
+
+
+def refuse_biases(model: Model) -> None:
+    """ConfigError for a model whose choice of experts depends on more than its weights."""
+    if model.num_moe_layers and model.expert_bias_update_rate:
+        raise ConfigError(
+            f"model.expert_bias_update_rate {model.expert_bias_update_rate}: the expert biases that steer this model's "
+            "routing have no place in a Hugging Face folder; it would choose other experts there"
+        )
+
+
+def config_text(model: Model, target: Target, entries: Mapping[str, Entry]) -> bytes:
+    """config.json: the one that came along, byte for byte, where it says all; else written anew."""
+    old = target.side.get(CONFIG)
+    try:
+        carried = json.loads(old) if old else {}
+    except ValueError as error:
+        raise DataError(f"the config.json that came with the weights is no JSON ({error})") from None
+    count: dict[torch.dtype, int] = {}
+    for entry in entries.values():
+        count[entry.dtype] = count.get(entry.dtype, 0) + entry.nbytes
+    dtype = str(max(count, key=lambda kind: count[kind])).removeprefix("torch.")
+    config = model_to_hf(model, target.family, dtype, target.version, carried)
+    if old and target.version is None and all(carried.get(key) == config.get(key) for key in carried):
+        return old
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def cut(entries: Mapping[str, Entry], shard_bytes: int) -> dict[str, list[str]]:
+    """The tensors of each file, in order; a file grows to `shard_bytes` unless one tensor alone is larger."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += entry.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def hash_of(tensor: Tensor) -> str:
+    """xxh3 (128 bits) of the bytes of a tensor, with its dtype and shape."""
+    flat = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+    return f"{xxhash.xxh3_128(flat).hexdigest()} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def digest_of_all(tensors: Mapping[str, str]) -> str:
+    """One hash of all tensors by name, whatever files they lie in."""
+    return xxhash.xxh3_128("\n".join(f"{name} {tensors[name]}" for name in sorted(tensors)).encode()).hexdigest()
+
+
+def write_bytes(path: Path, content: bytes) -> Digest:
+    """Write and sync a small file."""
+    hasher = Hasher()
+    hasher.update(content)
+    disk.write_file(path, [content])
+    return hasher.digest()

@@ -1,0 +1,213 @@
+"""Hugging Face's config.json <-> Model, in the spelling of transformers 4 or 5.
+
+    spelling 4    rope_theta, rope_scaling {...}                        torch_dtype
+    spelling 5    rope_parameters {rope_type, rope_theta, ...}          dtype
+
+One `HfFamily` says what a model_type implies, and is used in both directions. What a config asks for and the engine
+does not do is refused by name: read silently, it would be a different model. What is written is read back, and has to
+give the same function. A router's balancing loss keeps the meaning of its coefficient: `hf_mixtral` (layers pooled, k
+at uniform).
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from moe_engine.config import Model
+from moe_engine.config_report import refuse, shown, validation_problems
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPTIONAL = (
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
+    *("tie_word_embeddings", "initializer_range"),
+)
+NO_EFFECT = frozenset(
+    "architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label is_encoder_decoder label2id "
+    "max_window_layers model_type name_or_path _name_or_path output_attentions output_hidden_states "
+    "output_router_logits pad_token_id pretraining_tp problem_type return_dict torch_dtype transformers_version "
+    "use_cache rope_theta rope_scaling rope_parameters".split()
+)
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0,),
+    "sliding_window": (),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1,),
+    "clip_qkv": (),
+}
+ROUTING = {
+    "num_experts_per_tok": "num_experts_per_tok",
+    "router_aux_loss_coef": "router_aux_loss_coef",
+}
+IN_TRAINING_ONLY = frozenset(
+    "router_aux_loss router_aux_loss_coef router_z_loss_coef router_jitter_noise capacity_factor initializer_range "
+    "expert_bias_update_rate routed_scaling_factor max_position_embeddings".split()
+)  # routed_scaling_factor is folded into the experts where weights are written
+
+
+class HfFamily(NamedTuple):
+    """What a model_type says without saying it.
+
+    defaults: Model keys where config.json is silent. implied: Model keys it always has. routing: Model key -> their
+    key, of what routers and experts need.
+    """
+
+    architecture: str
+    defaults: dict[str, Any]
+    implied: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    routing: dict[str, str] = {}  # noqa: RUF012
+
+
+FAMILIES = {
+    "llama": HfFamily("LlamaForCausalLM", {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048}),
+    "mixtral": HfFamily(
+        "MixtralForCausalLM",
+        {
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.001,
+        },
+        {"norm_topk_prob": True},
+        ROUTING
+        | {"num_local_experts": "num_local_experts", "router_jitter_noise": "router_jitter_noise"}
+        | {"moe_intermediate_size": "intermediate_size"},
+    ),
+}
+
+
+def model_from_hf(config: Mapping[str, Any]) -> Model:
+    """The Model of a config.json (a dict) of one of FAMILIES; ConfigError lists every feature the engine lacks."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        refuse([f"model_type: found {shown(kind)}, expected {', '.join(FAMILIES)}"])
+    family = FAMILIES[kind]
+    problems: list[str] = []
+    names = {key: key for key in SIZES + OPTIONAL} | family.routing
+    values = family.defaults | {k: config[theirs] for k, theirs in names.items() if config.get(theirs) is not None}
+    values |= family.implied | ({"router_aux_loss": "hf_mixtral"} if family.routing else {})
+    values |= rope_from_hf(config, problems)
+    problems += unsupported(config, {*names.values()})
+    try:
+        model = Model.model_validate(values)
+    except ValidationError as error:
+        found = validation_problems(error, {}, "model").values()
+        refuse([*problems, *(line.replace("model.", "", 1) for lines in found for line in lines)])
+    if problems:
+        refuse(problems)
+    return model
+
+
+def rope_from_hf(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """rope_theta and rope_scaling from either spelling; what is not llama3 scaling goes to `problems`."""
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(key) or {}
+    if not isinstance(rope, dict):
+        problems.append(f"{key}: found {shown(rope)}, expected a mapping")
+        return {}
+    rope = dict(rope)
+    theta = rope.pop("rope_theta", config.get("rope_theta"))
+    values = {} if theta is None else {"rope_theta": theta}
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    if kind == "llama3":
+        values["rope_scaling"] = rope | {"rope_type": kind}
+    elif kind != "default":
+        problems.append(f"{key}: rope_type {shown(kind)} is not supported, expected default or llama3")
+    return values
+
+
+def unsupported(config: Mapping[str, Any], known: set[str]) -> list[str]:
+    """One problem line for each key that would change the model in a way the engine does not follow."""
+    problems = []
+    for key, value in config.items():
+        if value is None or key in known or key in NO_EFFECT:
+            continue
+        if key not in HARMLESS:
+            if value not in (False, [], {}, ""):
+                problems.append(
+                    f"{shown(key)[1:-1]}: {shown(value)} is not a feature of the engine's {config['model_type']}"
+                )
+        elif value not in HARMLESS[key]:
+            allowed = " or ".join(map(shown, HARMLESS[key])) or "null"
+            problems.append(f"{key}: found {shown(value)}, only {allowed} is supported")
+    return problems
+
+
+def model_to_hf(model: Model, kind: str, dtype: str, version: int | None, carried: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model as `kind`, one of FAMILIES.
+
+    dtype: torch's name of it, "bfloat16". version: of transformers, 4 or 5; None: the spelling of `carried`, or 5.
+    carried: the config.json that the weights came with, whose other keys (token ids) stay. ConfigError names what
+    another family would be needed for.
+    """
+    family = FAMILIES[kind]
+    gone = {"torch_dtype", "dtype", "rope_theta", "rope_scaling", "rope_parameters"}
+    gone |= {"transformers_version"} if version else set()
+    version = version or (4 if "torch_dtype" in carried or "rope_theta" in carried else 5)
+    if carried.get("model_type") != kind:  # of the dense parent, say
+        gone |= set(carried) - NO_EFFECT - {*SIZES, *OPTIONAL, *HARMLESS}
+    config = {key: value for key, value in carried.items() if key not in gone}
+    config |= {"architectures": [family.architecture], "model_type": kind, "hidden_act": "silu"}
+    config |= {key: getattr(model, key) for key in SIZES + OPTIONAL}
+    if family.routing:
+        config |= {theirs: _plain(getattr(model, key)) for key, theirs in family.routing.items()}
+    config |= rope_to_hf(model, version) | {"dtype" if version > 4 else "torch_dtype": dtype}
+    if kind == "mixtral":
+        config["sliding_window"] = None
+    if lost := differences(model, model_from_hf(config)):
+        refuse(
+            f"{key}: {shown(ours)} cannot be written as {kind}, which has {shown(theirs)}"
+            for key, (ours, theirs) in lost.items()
+        )
+    return config
+
+
+def rope_to_hf(model: Model, version: int) -> dict[str, Any]:
+    """The keys of the rotary embedding in one of the two spellings."""
+    scaling = model.rope_scaling.model_dump() if model.rope_scaling else None
+    if version == 4:
+        return {"rope_theta": model.rope_theta, "rope_scaling": scaling}
+    return {"rope_parameters": {"rope_theta": model.rope_theta} | (scaling or {"rope_type": "default"})}
+
+
+def differences(ours: Model, theirs: Model) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two models are different functions of the same weights, with both values."""
+    sparse = ours.num_moe_layers
+    idle = set(IN_TRAINING_ONLY)
+    if sparse == ours.num_hidden_layers:
+        idle.add("intermediate_size")
+    if not sparse:
+        idle |= {"num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "num_local_experts", "moe_layers"}
+    if [ours.is_moe(i) for i in range(ours.num_hidden_layers)] == [
+        theirs.is_moe(i) for i in range(theirs.num_hidden_layers)
+    ]:
+        idle.add("moe_layers")
+    pairs = {key: (getattr(ours, key), getattr(theirs, key)) for key in Model.model_fields if key not in idle}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def family_of(model: Model) -> str:
+    """The model_type that holds a model; ConfigError when none does, with what stands against the nearest."""
+    problems: dict[str, dict[str, tuple[Any, Any]]] = {}
+    for kind in FAMILIES:
+        config = {"model_type": kind} | {key: getattr(model, key) for key in SIZES + OPTIONAL} | rope_to_hf(model, 5)
+        config |= {theirs: _plain(getattr(model, key)) for key, theirs in FAMILIES[kind].routing.items()}
+        problems[kind] = differences(model, model_from_hf(config))
+        if not problems[kind]:
+            return kind
+    kind, lost = min(problems.items(), key=lambda item: len(item[1]))
+    refuse(
+        f"model.{key}: no Hugging Face family of {', '.join(FAMILIES)} holds {shown(ours)}; {kind} has {shown(theirs)}"
+        for key, (ours, theirs) in lost.items()
+    )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
