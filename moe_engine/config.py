@@ -82,6 +82,7 @@ class Model(Section):
     num_key_value_heads: Size = Field(default_factory=lambda given: given["num_attention_heads"])
     head_dim: Size = Field(default_factory=lambda given: max(given["hidden_size"] // given["num_attention_heads"], 1))
     rms_norm_eps: Positive = 1e-5
+    qk_norm: Literal["none", "head", "projection"] = "none"  # RMSNorm of q and k: per head (Qwen3), all heads (OLMoE)
     rope_theta: Positive = 1e4
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: Size = 4096
@@ -91,6 +92,7 @@ class Model(Section):
     num_local_experts: Count = 0
     num_experts_per_tok: Size = 2
     moe_intermediate_size: Size = Field(default_factory=lambda given: given["intermediate_size"])
+    shared_intermediate_size: Count = 0  # of an expert that every token visits beside the chosen ones; 0: none
     norm_topk_prob: bool = True  # the weights of the chosen experts are renormalised to sum 1
     moe_layers: Literal["all"] | tuple[Count, ...] = "all"  # which layers hold experts; the others are dense
     routed_scaling_factor: Positive = 1.0  # multiplies the routed output

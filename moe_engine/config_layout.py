@@ -82,6 +82,7 @@ def tp_must_divide(run: Run) -> dict[str, int]:
         sizes["intermediate_size"] = model.intermediate_size
     if model.num_moe_layers:
         sizes["moe_intermediate_size"] = model.moe_intermediate_size
+        sizes["shared_intermediate_size"] = model.shared_intermediate_size
     return sizes
 
 
@@ -158,8 +159,9 @@ def differs_from_default(run: Run, dotted: str) -> bool:
 
 
 ROUTING_KEYS = (
-    "num_experts_per_tok moe_intermediate_size norm_topk_prob routed_scaling_factor capacity_factor "
-    "router_jitter_noise router_aux_loss router_aux_loss_coef router_z_loss_coef expert_bias_update_rate"
+    "num_experts_per_tok moe_intermediate_size shared_intermediate_size norm_topk_prob routed_scaling_factor "
+    "capacity_factor router_jitter_noise router_aux_loss router_aux_loss_coef router_z_loss_coef "
+    "expert_bias_update_rate"
 ).split()
 
 

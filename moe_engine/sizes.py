@@ -1,6 +1,7 @@
 """How many parameters a model has: in all, active for one token, and on one rank of a layout. Arithmetic only.
 
-    dense   V*D embedding (twice unless tied) + per layer D*C*(2H + 2G) attention + 3*D*F dense FFN + 2*D norms + D
+    dense   V*D embedding (twice unless tied) + per layer D*C*(2H + 2G) attention + 3*D*F dense FFN or shared expert
+            + 2*D norms, and of q and k 2*C ("head") or C*(H + G) ("projection", cut like attention) + D
     expert  E * 3*D*F per expert layer, and a router of E*D, which is dense (every rank of ep holds it)
 
 active = total minus the experts that a token does not visit: embeddings and routers are counted in full, as in the
@@ -19,6 +20,7 @@ class ParameterCounts(NamedTuple):
     head: int
     attention: int
     dense_mlp: int
+    shared_experts: int
     experts: int
     routers: int
     norms: int
@@ -37,7 +39,8 @@ class ParameterCounts(NamedTuple):
     @property
     def dense(self) -> int:
         """All parameters that are no experts' weights: reduced over dp x ep."""
-        return self.embedding + self.head + self.attention + self.dense_mlp + self.routers + self.norms
+        ffn = self.dense_mlp + self.shared_experts
+        return self.embedding + self.head + self.attention + ffn + self.routers + self.norms
 
 
 class RankParameters(NamedTuple):
@@ -62,16 +65,18 @@ class RankParameters(NamedTuple):
 def parameter_counts(model: Model) -> ParameterCounts:
     """Parameters of the whole model, by component."""
     d, layers, sparse = model.hidden_size, model.num_hidden_layers, model.num_moe_layers
-    attention = d * model.head_dim * 2 * (model.num_attention_heads + model.num_key_value_heads)
+    heads = model.num_attention_heads + model.num_key_value_heads
+    attention = model.head_dim * heads * (2 * d + (model.qk_norm == "projection"))
     expert = 3 * d * model.moe_intermediate_size
     return ParameterCounts(
         embedding=model.vocab_size * d,
         head=0 if model.tie_word_embeddings else model.vocab_size * d,
         attention=layers * attention,
         dense_mlp=(layers - sparse) * 3 * d * model.intermediate_size,
+        shared_experts=sparse * 3 * d * model.shared_intermediate_size,
         experts=sparse * model.num_local_experts * expert,
         routers=sparse * model.num_local_experts * d,
-        norms=(2 * layers + 1) * d,
+        norms=(2 * layers + 1) * d + (2 * layers * model.head_dim if model.qk_norm == "head" else 0),
         active_experts=sparse * model.num_experts_per_tok * expert,
     )
 
@@ -82,7 +87,7 @@ def rank_parameters(model: Model, parallel: Parallel) -> RankParameters:
     tp cuts embedding, head, attention and FFNs; norms and routers are whole on every rank; ep cuts the experts.
     """
     counts = parameter_counts(model)
-    cut = counts.embedding + counts.head + counts.attention + counts.dense_mlp
+    cut = counts.embedding + counts.head + counts.attention + counts.dense_mlp + counts.shared_experts
     dense = cut // parallel.tp + counts.routers + counts.norms
     expert = counts.experts // (parallel.ep * parallel.tp)
     replicas = parallel.dp * parallel.ep

@@ -30,6 +30,8 @@ def oracle(model: Model, parallel: Parallel, train: Train, world: int) -> bool:
     sizes = [model.num_attention_heads, model.num_key_value_heads, model.vocab_size]
     sizes += [train.micro_batch * train.seq_length]
     sizes += [model.moe_intermediate_size] if expert_layers else []
+    if model.shared_intermediate_size and expert_layers:
+        sizes.append(model.shared_intermediate_size)
     sizes += [model.intermediate_size] if len(expert_layers) < model.num_hidden_layers else []
     return all(cuts(size, tp) for size in sizes)
 
@@ -50,6 +52,7 @@ def random_case(rng: random.Random) -> tuple[Run, int]:
         num_local_experts=experts,
         num_experts_per_tok=rng.randint(1, max(1, experts)),
         moe_intermediate_size=rng.choice([96, 1376] if even else [24, 27, 96]),
+        shared_intermediate_size=rng.choice([0, 0, 96] if even else [0, 0, 24, 27]),
         moe_layers=rng.choice(["all", "all", (0, 2)] if even else ["all", (0, 2), ()]),
     )
     ep, tp = rng.choice([1, 2, 4, 8, 3]), rng.choice([1, 1, 2, 4, 3])

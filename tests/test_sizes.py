@@ -8,6 +8,9 @@ from moe_engine.config import Model, Parallel
 from moe_engine.config_files import read_model
 from moe_engine.sizes import parameter_counts, rank_parameters
 
+HEAD_NORMS = {"qk_norm": "head", "shared_intermediate_size": 18}
+WIDE_NORMS = {"qk_norm": "projection"}
+
 
 def preset(name: str) -> Model:
     return Model.model_validate(read_model(name))
@@ -30,6 +33,13 @@ def preset(name: str) -> Model:
 def test_published_totals(name: str, total: int, active: int) -> None:
     counts = parameter_counts(preset(name))
     assert (counts.total, counts.active) == (total, active)
+
+
+def test_llama_moe_v2_with_a_residual_expert() -> None:
+    """S2.8: one expert for all tokens and one of seven chosen, 1792 wide each."""
+    seven = {"num_local_experts": 7, "num_experts_per_tok": 1, "shared_intermediate_size": 1792}
+    counts = parameter_counts(preset("llama-moe-v2-8b").model_copy(update=seven))
+    assert (counts.total, counts.active) == (8_030_261_248 + 32 * 7 * 4096, 3_803_320_320)
 
 
 def test_llama_moe_is_counted_without_its_routers() -> None:
@@ -65,22 +75,28 @@ def weights(model: Model, ep: int, tp: int) -> list[tuple[tuple[int, ...], int, 
         found += [((d,), 1, 1, False)] * 2
         found += [((model.num_attention_heads * c, d), 1, tp, False)] * 2
         found += [((model.num_key_value_heads * c, d), 1, tp, False)] * 2
+        if model.qk_norm == "head":
+            found += [((c,), 1, 1, False)] * 2
+        elif model.qk_norm == "projection":
+            found += [((n * c,), 1, tp, False) for n in (model.num_attention_heads, model.num_key_value_heads)]
         if model.is_moe(layer):
             found.append(((model.num_local_experts, d), 1, 1, False))
+            found += [((model.shared_intermediate_size, d), 1, tp, False)] * 3
             found += [((model.moe_intermediate_size, d), ep, tp, True)] * (3 * model.num_local_experts)
         else:
             found += [((model.intermediate_size, d), 1, tp, False)] * 3
     return found
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "extra"), [(True, {}), (False, HEAD_NORMS), (True, WIDE_NORMS)])
 @pytest.mark.parametrize("moe_layers", ["all", (1,), ()])
 @pytest.mark.parametrize(("dp", "ep", "tp"), [(1, 1, 1), (3, 2, 2), (5, 3, 1), (2, 1, 2)])
-def test_counts_equal_an_enumeration(tied: bool, moe_layers: object, dp: int, ep: int, tp: int) -> None:
+def test_counts_equal_an_enumeration(tied: bool, extra: dict, moe_layers: object, dp: int, ep: int, tp: int) -> None:
     model = Model.model_validate(
         {"vocab_size": 34, "hidden_size": 24, "intermediate_size": 22, "num_hidden_layers": 3, "num_attention_heads": 4}
         | {"num_key_value_heads": 2, "head_dim": 10, "num_local_experts": 6, "moe_intermediate_size": 14}
         | {"tie_word_embeddings": tied, "moe_layers": moe_layers, "num_experts_per_tok": 3}
+        | extra
     )
     listed = weights(model, ep, tp)
     counts = parameter_counts(model)

@@ -2,7 +2,9 @@
 
     x[T/tp, D] -> all_gather -> q[T, H/tp, C] k,v[T, G/tp, C] -> rotate -> attend -> o[T, D]{tp} -> reduce_scatter
 
-Attention is causal and never crosses a document: positions restart at 0 where a document starts.
+With `qk_norm` the heads of q and k are normed before they are rotated: "head" each by itself, with one weight[C] for
+all (Qwen3), "projection" all together (OLMoE). Attention is causal and never crosses a document: positions restart at 0
+where a document starts.
 """
 
 import math
@@ -13,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_engine.config import Model
+from moe_engine.model.norm import RMSNorm, WideNorm
 from moe_engine.parallel.collectives import all_gather, reduce_scatter
 from moe_engine.parallel.linear import ColumnLinear, RowLinear
-from moe_engine.parallel.mesh import Mesh
+from moe_engine.parallel.mesh import Axis, Mesh
 
 
 class Places(NamedTuple):
@@ -64,6 +67,13 @@ def rotate(x_BHSC: Tensor, at: Places) -> Tensor:
     return x_BHSC * at.cos + torch.cat([-second, first], dim=-1) * at.sin
 
 
+def head_norm(config: Model, heads: int, tp: Axis) -> nn.Module:
+    """The norm of q's or k's heads, on x[.., heads/tp, C]."""
+    if config.qk_norm == "projection":
+        return WideNorm(heads * config.head_dim, config.rms_norm_eps, tp)
+    return RMSNorm(config.head_dim, config.rms_norm_eps, tp) if config.qk_norm == "head" else nn.Identity()
+
+
 class Attention(nn.Module):
     """q, k, v, o of one layer. This rank holds H/tp query heads and G/tp kv heads."""
 
@@ -76,12 +86,14 @@ class Attention(nn.Module):
         self.k = ColumnLinear(hidden, kv_heads * self.head_dim, mesh.tp, std)
         self.v = ColumnLinear(hidden, kv_heads * self.head_dim, mesh.tp, std)
         self.o = RowLinear(heads * self.head_dim, hidden, mesh.tp, std)
+        self.q_norm, self.k_norm = head_norm(config, heads, mesh.tp), head_norm(config, kv_heads, mesh.tp)
 
     def forward(self, x_TD: Tensor, at: Places) -> Tensor:
         """x[T/tp, D], normalised -> the layer's contribution [T/tp, D]."""
         h_TD = all_gather(x_TD, self.tp)
         sequences, _, length, _ = at.cos.shape
-        q, k, v = (p(h_TD).view(sequences, length, -1, self.head_dim).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k, v = (p(h_TD).view(sequences, length, -1, self.head_dim) for p in (self.q, self.k, self.v))
+        q, k, v = (x.transpose(1, 2) for x in (self.q_norm(q), self.k_norm(k), v))
         a_BHSC = F.scaled_dot_product_attention(
             rotate(q, at), rotate(k, at), v, attn_mask=at.bias, is_causal=at.bias is None, enable_gqa=True
         )

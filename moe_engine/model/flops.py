@@ -1,7 +1,8 @@
 """Exact matrix-product FLOPs of the decoder, per token. A multiply-add is 2 FLOPs; backward costs twice forward.
 
-Counted: q, k, v, o, causal attention at half the square, dense or chosen experts' FFNs, routers, the head. Not counted:
-embedding look-ups, norms, softmax, recomputation (so MFU does not reward it), and the saving of a document mask.
+Counted: q, k, v, o, causal attention at half the square, FFNs (dense, shared, chosen experts), routers, the head. Not
+counted: embedding look-ups, norms, softmax, recomputation (so MFU does not reward it), and the saving of a document
+mask.
 """
 
 from moe_engine.config import Model
@@ -14,11 +15,11 @@ def forward_flops_per_token(config: Model, seq_length: int) -> float:
     projections = 2 * hidden * head_dim * (2 * heads + 2 * kv_heads)
     attention = 2 * 2 * heads * head_dim * (seq_length + 1) / 2
     dense = 6 * hidden * config.intermediate_size
-    experts = config.num_experts_per_tok * 6 * hidden * config.moe_intermediate_size
+    visited = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_intermediate_size
     router = 2 * hidden * config.num_local_experts
     moe_layers = config.num_moe_layers
     layers = config.num_hidden_layers * (projections + attention)
-    layers += moe_layers * (experts + router) + (config.num_hidden_layers - moe_layers) * dense
+    layers += moe_layers * (6 * hidden * visited + router) + (config.num_hidden_layers - moe_layers) * dense
     return layers + 2 * hidden * config.vocab_size
 
 

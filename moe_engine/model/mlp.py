@@ -14,10 +14,10 @@ from moe_engine.parallel.weight import weight
 class DenseMLP(nn.Module):
     """w_gate_up[2, F/tp, D] holds gate, then up; down[D, F/tp]."""
 
-    def __init__(self, config: Model, mesh: Mesh):
+    def __init__(self, config: Model, mesh: Mesh, width: int):
         super().__init__()
         self.tp = mesh.tp
-        width, hidden, std = config.intermediate_size, config.hidden_size, config.initializer_range
+        hidden, std = config.hidden_size, config.initializer_range
         self.w_gate_up = weight((2, width, hidden), cut={1: mesh.tp}, std=std)
         self.down = RowLinear(width, hidden, mesh.tp, std)
 

@@ -10,7 +10,7 @@
 On one rank `experts` reads the tokens themselves and sums each token's rows: nothing is permuted. With more ranks each
 arriving row is a token with one expert. A row's weight travels with it, so that its gradient is computed where the
 expert is and the experts' outputs need not be kept; what does not depend on the rows that travel, the statistics of the
-router, is computed meanwhile.
+router and the shared expert, which every token visits, unweighted, is computed meanwhile.
 
 The router weight is replicated over tp while every tp rank routes tokens of its own, so its gradient is summed over tp
 (`copy_to`). Dropless by default; a capacity factor drops, per rank and micro-batch, what lies past
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_engine.config import Model
+from moe_engine.model.mlp import DenseMLP
 from moe_engine.model.router_losses import pack_stats
 from moe_engine.ops import experts, permute, router_logits, router_topk, sort_by_expert, unpermute
 from moe_engine.parallel.collectives import copy_to, reduce_from
@@ -128,6 +129,8 @@ def bring(rows_MD: Tensor, home: Home | None) -> Tensor:
 class MoE(nn.Module):
     """Router and experts of one layer. Returns the layer's output and the router's statistics for losses and logs.
 
+    y = sum of the chosen experts, weighted + shared(x), where the config has a shared expert (LLaMA-MoE's residual).
+
     keep_h: False drops the experts' hidden activations, which backward then computes again.
     """
 
@@ -136,26 +139,36 @@ class MoE(nn.Module):
         self.num_experts, self.ep, self.tp, self.keep_h = config.num_local_experts, mesh.ep, mesh.tp, keep_h
         self.router = Router(config, mesh)
         self.experts = Experts(config, mesh)
+        width = config.shared_intermediate_size
+        self.shared = DenseMLP(config, mesh, width) if width else None
 
     def forward(self, x_TD: Tensor, member_BT: Tensor) -> tuple[Tensor, Tensor]:
         """x[T/tp, D], normalised; member_BT: 1 where a local token counts for a sequence, 0 for padding.
 
         Returns y[T/tp, D] and stats[B, X] (see router_losses), complete on every tp rank.
         """
-        rows_MD, home, stats_BX = self.through_experts(x_TD, member_BT)
-        return bring(rows_MD, home), stats_BX
+        rows_MD, home, shared_TD, stats_BX = self.through_experts(x_TD, member_BT)
+        y_TD = bring(rows_MD, home)
+        return y_TD if shared_TD is None else y_TD + shared_TD, stats_BX
 
-    def through_experts(self, x_TD: Tensor, member_BT: Tensor) -> tuple[Tensor, Home | None, Tensor]:
-        """forward, up to where the experts' outputs still have to travel; backward needs nothing of what follows."""
+    def through_experts(self, x_TD: Tensor, member_BT: Tensor) -> tuple[Tensor, Home | None, Tensor | None, Tensor]:
+        """forward, up to where the experts' outputs still have to travel; backward needs nothing of what follows.
+
+        Returns rows_MD, their way home, the shared expert's output on x or None, and stats_BX.
+        """
         routing = self.router(x_TD)
         if self.ep.size == self.tp.size == 1:
             y_TD = self.experts(x_TD, routing.weight_TK, routing.index_TK, self.keep_h)
-            return y_TD, None, member_BT @ pack_stats(*routing[2:])
+            return y_TD, None, self._visit_shared(x_TD), member_BT @ pack_stats(*routing[2:])
         counts_E, assignment_of_row_R, row_of_TK = sort_by_expert(routing.index_TK, self.num_experts)
         table = Table(counts_E, self.ep, self.tp)
         rows_RD = permute(x_TD, assignment_of_row_R, row_of_TK)
         weight_R1 = permute(routing.weight_TK.view(-1, 1), assignment_of_row_R, row_of_TK.view(-1, 1))
         flight = dispatch(rows_RD, weight_R1, table, self.ep, self.tp)
         stats_BX = reduce_from(member_BT @ pack_stats(*routing[2:]), self.tp)
+        shared_TD = self._visit_shared(x_TD)
         rows_MD = self.experts(*flight.land(), self.keep_h)
-        return rows_MD, Home(flight.route, assignment_of_row_R, row_of_TK, self.ep, self.tp), stats_BX
+        return rows_MD, Home(flight.route, assignment_of_row_R, row_of_TK, self.ep, self.tp), shared_TD, stats_BX
+
+    def _visit_shared(self, x_TD: Tensor) -> Tensor | None:
+        return None if self.shared is None else self.shared(x_TD)

@@ -5,7 +5,6 @@ replicated over tp and see the rank's own tokens, so their gradients are summed 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -14,22 +13,10 @@ from moe_engine.model.attention import Attention, Places, inverse_frequencies, p
 from moe_engine.model.loss import vocab_cross_entropy
 from moe_engine.model.mlp import DenseMLP
 from moe_engine.model.moe import Home, MoE, bring
-from moe_engine.parallel.collectives import all_gather, copy_to, reduce_scatter
+from moe_engine.model.norm import RMSNorm
+from moe_engine.parallel.collectives import all_gather, reduce_scatter
 from moe_engine.parallel.linear import ColumnLinear, VocabEmbedding
 from moe_engine.parallel.mesh import Mesh
-from moe_engine.parallel.weight import weight
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
-
-    def __init__(self, config: Model, mesh: Mesh):
-        super().__init__()
-        self.tp, self.eps = mesh.tp, config.rms_norm_eps
-        self.weight = weight((config.hidden_size,), fill=1.0)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return F.rms_norm(x_TD, (x_TD.shape[-1],), copy_to(self.weight, self.tp), self.eps)
 
 
 class Block(nn.Module):
@@ -37,10 +24,11 @@ class Block(nn.Module):
 
     def __init__(self, config: Model, mesh: Mesh, layer: int, keep_h: bool = True):
         super().__init__()
-        self.attention_norm = RMSNorm(config, mesh)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, mesh.tp)
         self.attention = Attention(config, mesh)
-        self.ffn_norm = RMSNorm(config, mesh)
-        self.ffn = MoE(config, mesh, keep_h) if config.is_moe(layer) else DenseMLP(config, mesh)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, mesh.tp)
+        sparse = config.is_moe(layer)
+        self.ffn = MoE(config, mesh, keep_h) if sparse else DenseMLP(config, mesh, config.intermediate_size)
 
     def forward(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor]:
         return self.finish(*self.compute(x_TD, at, member_BT))
@@ -50,7 +38,8 @@ class Block(nn.Module):
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), at)
         h_TD = self.ffn_norm(x_TD)
         if isinstance(self.ffn, MoE):
-            return x_TD, *self.ffn.through_experts(h_TD, member_BT)
+            rows, home, shared_TD, stats_BX = self.ffn.through_experts(h_TD, member_BT)
+            return x_TD if shared_TD is None else x_TD + shared_TD, rows, home, stats_BX
         return x_TD, self.ffn(h_TD), None, member_BT.new_zeros(member_BT.shape[0], 0)
 
     def finish(self, x_TD: Tensor, rows: Tensor, home: Home | None, stats_BX: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +60,7 @@ class Transformer(nn.Module):
         self.embedding = VocabEmbedding(config.vocab_size, config.hidden_size, mesh.tp, config.initializer_range)
         keep_h = recompute != "selective"
         self.layers = nn.ModuleList(Block(config, mesh, i, keep_h) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config, mesh)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, mesh.tp)
         self.head = ColumnLinear(config.hidden_size, config.vocab_size, mesh.tp, config.initializer_range)
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight

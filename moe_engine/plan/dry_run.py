@@ -89,5 +89,7 @@ def shape_lines(run: Run) -> list[str]:
             ("w_gate_up [E/ep, 2, F/tp, D]", (experts // ep, 2, width // tp, model.hidden_size)),
             ("w_down [E/ep, D, F/tp]", (experts // ep, model.hidden_size, width // tp)),
         ]
+        shared = model.shared_intermediate_size // tp
+        shapes += [("shared expert's w_gate_up [2, F/tp, D]", (2, shared, model.hidden_size))] * bool(shared)
     shapes.append(("logits [T, V/tp]", (tokens, model.vocab_size // tp)))
     return ["one step on one rank", *(f"  {name:42} {list(shape)}" for name, shape in shapes)]

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from moe_engine.config import Model, RopeScaling
 from moe_engine.model.attention import document_mask, inverse_frequencies, places, rotate
 from moe_engine.model.transformer import Transformer
+from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise
+from tests.model.layouts import compare
 
 SIZES = dict(
     vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
@@ -111,3 +113,16 @@ def test_attention_is_grouped_query_softmax():
         scores = (turned[0] @ turned[1].T / 8**0.5).masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
         heads.append(F.softmax(scores, -1) @ v[:, h // 2])
     torch.testing.assert_close(attention(x, at), torch.cat(heads, -1) @ attention.o.weight.T)
+
+
+@pytest.mark.parametrize(("layout", "recompute"), [((1, 2, 2), "none"), ((1, 1, 4), "full"), ((2, 1, 2), "selective")])
+@pytest.mark.parametrize("kind", ["head", "projection"])
+def test_norms_of_heads_on_several_ranks(kind: str, layout: tuple[int, int, int], recompute: str):
+    """tp cuts the heads: the weight of one head is shared by them all, the mean of all heads is taken over ranks.
+
+    With a shared expert beside the routed ones."""
+    config = Model(
+        **SIZES | {"num_key_value_heads": 4}, qk_norm=kind, num_local_experts=4, moe_layers=(1,),
+        shared_intermediate_size=24, router_aux_loss="sequence", router_aux_loss_coef=0.1,
+    )  # fmt: skip
+    run_on_ranks(lambda rank: compare(config, layout, recompute), 4)

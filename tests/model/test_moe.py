@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_engine.config import Model
 from moe_engine.model.moe import MoE, Router
+from moe_engine.parallel.collectives import Trip
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import initialise, note_of
@@ -63,6 +64,9 @@ def moe_by_loop(moe: MoE, model: Model, x_TD: Tensor, probs_TE: Tensor) -> Tenso
     """Every expert on every token, weighted: no permutation, no grouping."""
     weight, _, _ = route_by_loop(model, probs_TE, moe.router.expert_bias)
     y = torch.zeros_like(x_TD)
+    if moe.shared is not None:
+        gate, up = moe.shared.w_gate_up
+        y = F.linear(F.silu(F.linear(x_TD, gate)) * F.linear(x_TD, up), moe.shared.down.weight)
     for e in range(model.num_local_experts):
         gate, up = moe.experts.w_gate_up[e]
         out = F.linear(F.silu(F.linear(x_TD, gate)) * F.linear(x_TD, up), moe.experts.w_down[e])
@@ -76,6 +80,7 @@ CHANGES = {
     "all": {"num_experts_per_tok": 8},
     "as they are": {"norm_topk_prob": False, "num_experts_per_tok": 3},
     "scaled": {"routed_scaling_factor": 2.5, "norm_topk_prob": False},
+    "shared": {"shared_intermediate_size": 10, "num_experts_per_tok": 1, "norm_topk_prob": False},
     "narrow": {"moe_intermediate_size": 5},
     "biased": {"expert_bias_update_rate": 0.1},
     "capacity 1": {"capacity_factor": 1.0},
@@ -213,13 +218,15 @@ def test_membership_sums_tokens_per_sequence():
         assert row[EXPERTS : 2 * EXPERTS].tolist() == counts.tolist() and row[-1] == 5
 
 
+@pytest.mark.parametrize("shared", [0, 12])
 @pytest.mark.parametrize(("dp", "ep", "tp"), [(1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (1, 4, 1)])
-def test_layouts_equal_one_process(dp: int, ep: int, tp: int):
+def test_layouts_equal_one_process(dp: int, ep: int, tp: int, shared: int):
     """Output, input gradient and weight gradients (summed over the ranks that share a weight) on real ranks."""
 
     def on_rank(rank: int) -> None:
         mesh = build_mesh(dp, ep, tp)
-        whole, part = layer(config()), layer(config(), mesh)
+        model = config(shared_intermediate_size=shared)
+        whole, part = layer(model), layer(model, mesh)
         world = dp * ep * tp
         x, upstream = tokens(8 * world), tokens(8 * world, seed=2)
         leaf = x.clone().requires_grad_()
@@ -240,3 +247,20 @@ def test_layouts_equal_one_process(dp: int, ep: int, tp: int):
             torch.testing.assert_close(grad, q.grad[note_of(p).local_slices()], atol=1e-5, rtol=1e-5)
 
     run_on_ranks(on_rank, dp * ep * tp)
+
+
+def test_shared_expert_is_computed_while_rows_travel():
+    """The rows and their weights have left, and have not been waited for."""
+
+    def on_rank(rank: int) -> None:
+        moe = layer(config(shared_intermediate_size=12), build_mesh(1, 2, 1))
+        assert moe.shared is not None
+        trips: list[Trip] = []
+        make, seen = Trip.__init__, []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trip, "__init__", lambda trip, *args: (trips.append(trip), make(trip, *args))[1])
+            moe.shared.register_forward_hook(lambda *_: seen.append([trip.under_way is not None for trip in trips]))
+            moe(tokens(8), torch.ones(1, 8))
+        assert seen == [[True, True]]
+
+    run_on_ranks(on_rank, 2)

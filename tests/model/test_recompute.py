@@ -19,7 +19,7 @@ LAYERS = 3
 CONFIG = Model(
     vocab_size=40, hidden_size=32, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=4,
     num_key_value_heads=2, num_local_experts=4, moe_layers=(0, 2), initializer_range=0.2,
-    router_aux_loss_coef=0.1, router_z_loss_coef=0.01,
+    router_aux_loss_coef=0.1, router_z_loss_coef=0.01, shared_intermediate_size=12, qk_norm="projection",
 )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_router_runs_once_per_layer(recompute: str):
     """The choice of experts is kept from the first pass; the rest of the layer is what is computed again."""
     *_, calls = once(recompute, torch.bfloat16)
     assert calls["moe_engine::router_topk"] == 2
-    assert calls["moe_engine::swiglu"] == (1 if recompute == "none" else 2)  # the dense layer
+    assert calls["moe_engine::swiglu"] == (3 if recompute == "none" else 6)  # the dense layer and two shared experts
     assert calls["moe_engine::experts"] == (4 if recompute == "full" else 2)
     assert calls["moe_engine::experts_backward"] == 2
 

@@ -1,4 +1,5 @@
-"""Logits, loss, balancing loss and every gradient equal transformers' Llama and Mixtral (tiny, random, fp32)."""
+"""Logits, loss, balancing loss and every gradient equal transformers' Llama, Mixtral, Qwen3-MoE and OLMoE (tiny,
+random, fp32)."""
 
 import pytest
 import torch
@@ -23,6 +24,16 @@ CASES = {
     "mixtral-tied-rope3-top3": {
         "num_local_experts": 7, "num_experts_per_tok": 3, "tie_word_embeddings": True, "rope_scaling": LLAMA3_ROPE,
     },
+    "qwen3": {"qk_norm": "head"},
+    "qwen3-moe": {"qk_norm": "head", "num_local_experts": 6, "moe_intermediate_size": 24},
+    "qwen3-moe-as-they-are": {
+        "qk_norm": "head", "num_local_experts": 6, "moe_intermediate_size": 24, "num_experts_per_tok": 3,
+        "norm_topk_prob": False, "moe_layers": (0, 2),
+    },
+    "olmoe": {
+        "qk_norm": "projection", "num_local_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": False,
+        "head_dim": 8,  # hidden_size / heads: OLMoE has no other
+    },
 }  # fmt: skip
 
 
@@ -35,15 +46,29 @@ def hf_model(config: Model) -> nn.Module:
     if config.rope_scaling:
         rope |= config.rope_scaling.model_dump()
     shared["rope_parameters"] = rope
+    routing = {
+        "num_experts_per_tok": config.num_experts_per_tok, "output_router_logits": True, "router_aux_loss_coef": 0.02,
+    }  # fmt: skip
+    dense = [i for i in range(config.num_hidden_layers) if not config.is_moe(i)]
+    match config.qk_norm, config.num_local_experts:
+        case "none", 0:
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared))
+        case "none", experts:
+            hf_config = transformers.MixtralConfig(**shared, **routing, num_local_experts=experts, sliding_window=None)
+            model = transformers.MixtralForCausalLM(hf_config)
+        case "head", 0:
+            model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shared, use_sliding_window=False))
+        case "head", experts:
+            hf_config = transformers.Qwen3MoeConfig(
+                **shared, **routing, num_experts=experts, moe_intermediate_size=config.moe_intermediate_size,
+                norm_topk_prob=config.norm_topk_prob, mlp_only_layers=dense, use_sliding_window=False,
+            )  # fmt: skip
+            model = transformers.Qwen3MoeForCausalLM(hf_config)
+        case _, experts:
+            hf_config = transformers.OlmoeConfig(**shared, **routing, num_experts=experts, norm_topk_prob=False)
+            model = transformers.OlmoeForCausalLM(hf_config)
     if config.num_local_experts:
-        hf_config = transformers.MixtralConfig(
-            **shared, num_local_experts=config.num_local_experts, num_experts_per_tok=config.num_experts_per_tok,
-            output_router_logits=True, router_aux_loss_coef=0.02, sliding_window=None,
-        )  # fmt: skip
-        model = transformers.MixtralForCausalLM(hf_config)
         model.set_experts_implementation("eager")
-    else:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, std=0.3 if "norm" not in name else 0.1, mean=0.0 if "norm" not in name else 1.0)
@@ -61,6 +86,7 @@ def pairs(ours: Transformer, theirs: nn.Module) -> list[tuple[str, nn.Parameter,
         hf = hf.replace("ffn_norm", "post_attention_layernorm").replace("ffn.router.weight", "mlp.gate.weight")
         hf = hf.replace("ffn.experts.w_gate_up", "mlp.experts.gate_up_proj")
         hf = hf.replace("ffn.experts.w_down", "mlp.experts.down_proj").replace("ffn.down.", "mlp.down_proj.")
+        hf = hf.replace("attention.q_norm", "self_attn.q_norm").replace("attention.k_norm", "self_attn.k_norm")
         for letter in "qkvo":
             hf = hf.replace(f"attention.{letter}.", f"self_attn.{letter}_proj.")
         if hf.endswith("ffn.w_gate_up"):
@@ -84,7 +110,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_equals_transformers(case: str, recompute: str):
-    config = Model(**SIZES, **CASES[case], router_aux_loss="hf_mixtral")
+    config = Model(**SIZES | CASES[case], router_aux_loss="hf_mixtral")
     theirs = hf_model(config)
     ours = Transformer(config, Mesh(), recompute)
     for name, mine, other in pairs(ours, theirs):

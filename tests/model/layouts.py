@@ -1,0 +1,56 @@
+"""One model on several ranks and on one: losses, statistics and every gradient are the same. Runs on every rank."""
+
+import torch
+from torch import Tensor
+
+from moe_engine.config import Model
+from moe_engine.model.router_losses import router_loss, unpack_stats
+from moe_engine.model.transformer import Transformer
+from moe_engine.parallel.mesh import Mesh, build_mesh
+from moe_engine.parallel.weight import initialise, note_of
+
+SEQUENCES, LENGTH = 8, 12
+
+
+def batch(vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, positions and labels; documents start at random places, and one window starts inside a document."""
+    draw = torch.Generator().manual_seed(5)
+    tokens, labels = torch.randint(vocab_size, (2, SEQUENCES, LENGTH), generator=draw)
+    starts = (torch.rand(SEQUENCES, LENGTH, generator=draw) < 0.15).index_fill(1, torch.tensor([0]), True)
+    place = torch.arange(LENGTH).expand(SEQUENCES, LENGTH)
+    positions = place - torch.where(starts, place, 0).cummax(1).values
+    positions[1] = place[1] + 40
+    return tokens, positions, labels
+
+
+def objective(model: Transformer, config: Model, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of token losses plus the router losses weighted by the tokens, and the packed statistics."""
+    loss_T, packed = model(*inputs)
+    return loss_T.sum() + loss_T.numel() * router_loss(config, unpack_stats(packed)), packed
+
+
+def compare(config: Model, layout: tuple[int, int, int], recompute: str = "none", **options: bool) -> None:
+    """On layout (dp, ep, tp), against the whole batch on one rank; `sequence` is the loss that no layout changes."""
+    mesh = build_mesh(*layout)
+    whole, part = Transformer(config, Mesh()), Transformer(config, mesh, recompute, **options)
+    initialise(whole, 0)
+    initialise(part, 0)
+    inputs = batch(config.vocab_size)
+    truth, _ = objective(whole, config, inputs)
+    truth.backward()
+    mine = mesh.data.cut(SEQUENCES)
+    ours, _ = objective(part, config, tuple(x[mine] for x in inputs))  # pyright: ignore[reportArgumentType]
+    ours.backward()
+    total = ours.detach().clone()
+    torch.distributed.all_reduce(total)
+    assert abs(float(total) / mesh.tp.size / float(truth.detach()) - 1) < 1e-5
+    named = dict(whole.named_parameters())
+    for name, parameter in part.named_parameters():
+        assert parameter.grad is not None, name
+        axis = mesh.dp if note_of(parameter).expert else mesh.data
+        if axis.size > 1:
+            torch.distributed.all_reduce(parameter.grad, group=axis.group)
+        wanted = named[name].grad
+        assert wanted is not None and float(wanted.norm()) > 0, name
+        wanted = wanted[note_of(parameter).local_slices()]
+        assert float((parameter.grad - wanted).norm() / wanted.norm()) < 1e-5, name
