@@ -150,7 +150,7 @@ def adapter_parts(model: Model, parallel: Parallel, lora: Lora) -> list[Part]:
             raise ConfigError(f"lora targets: found {shown(target)}, expected some of {','.join(TARGETS)}")
     parts: dict[str, Part] = {}
     for weight in projections(model):
-        if weight.target in lora.targets and weight.copies:
+        if weight.target in lora.targets:
             expert = weight.component == "experts"
             one = lora.rank * (weight.rows + weight.columns)
             cut = weight.rows if weight.cut == "rows" else weight.columns
@@ -172,9 +172,13 @@ def projections(model: Model) -> Iterator[Projection]:
     for target, rows in (("q", queries), ("k", keys), ("v", keys)):
         yield Projection(target, "attention", layers, layers, rows, d, "rows")
     yield Projection("o", "attention", layers, layers, d, queries, "columns")
-    dense = ("dense_mlp", layers - sparse, layers - sparse, model.intermediate_size)
-    experts = sparse * model.num_local_experts, sparse * model.num_experts_per_tok
-    for component, copies, active, width in (dense, ("experts", *experts, model.moe_intermediate_size)):
-        for target in ("gate", "up"):
-            yield Projection(target, component, copies, active, width, d, "rows")
-        yield Projection("down", component, copies, active, d, width, "columns")
+    chosen = sparse * model.num_experts_per_tok
+    for component, copies, active, width in (
+        ("dense_mlp", layers - sparse, layers - sparse, model.intermediate_size),
+        ("shared_experts", sparse, sparse, model.shared_intermediate_size),
+        ("experts", sparse * model.num_local_experts, chosen, model.moe_intermediate_size),
+    ):
+        if copies and width:
+            for target in ("gate", "up"):
+                yield Projection(target, component, copies, active, width, d, "rows")
+            yield Projection("down", component, copies, active, d, width, "columns")

@@ -52,6 +52,8 @@ def preset(name: str) -> Model:
         ("llama-3.2-3b-moe-8x-half", 9_555_225_600, 3_213_437_952),
         ("llama-3.2-3b-moe-8x", 18_010_942_464, 5_327_367_168),
         ("llama-moe-v2-8b", 8_031_309_824, 3_803_451_392),
+        ("qwen3-30b-a3b", 30_532_122_624, 3_353_032_704),
+        ("olmoe-1b-7b", 6_919_161_856, 1_282_017_280),
     ],
 )
 def test_published_totals(name: str, total: int, active: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,11 +95,11 @@ def test_what_trains(capsys: pytest.CaptureFixture[str]) -> None:
 
 def component_of(name: str) -> str:
     """The component of a parameter of Transformer."""
-    if "norm" in name:
-        return "norms"
-    if ".ffn." in name:
-        return "routers" if "router" in name else "experts" if "experts" in name else "dense_mlp"
-    return "attention" if "attention" in name else name.partition(".")[0]
+    words = name.split(".")
+    beside = {"router": "routers", "experts": "experts", "shared": "shared_experts"}
+    if "ffn" in words:
+        return beside.get(words[3], "dense_mlp")
+    return "attention" if "attention" in words else "norms" if "norm" in words[-2] else words[0]
 
 
 def enumerated(model: Model, parallel: Parallel, rank: int) -> tuple[Counter[str], Counter[str]]:
@@ -107,10 +109,12 @@ def enumerated(model: Model, parallel: Parallel, rank: int) -> tuple[Counter[str
         transformer = Transformer(model, mesh)
     own, adapters = Counter(), Counter()
     for name, parameter in transformer.named_parameters():
-        component = component_of(name)
+        # norms of one head are counted with the norms; those of all heads are cut as attention is
+        whole = parameter.dim() == 1 and not note_of(parameter).tensor_parallel
+        component = "norms" if whole else component_of(name)
         own[component] += parameter.numel()
-        assert note_of(parameter).expert == (component == "experts" and parallel.ep >= 1)
-        if component in ("attention", "dense_mlp", "experts"):
+        assert note_of(parameter).expert == (component == "experts")
+        if component in ("attention", "dense_mlp", "shared_experts", "experts") and parameter.dim() > 1:
             *copies, rows, columns = parameter.shape
             adapters[f"{component} lora"] += math.prod(copies) * rank * (rows + columns)
     return own, adapters
@@ -121,6 +125,10 @@ def enumerated(model: Model, parallel: Parallel, rank: int) -> tuple[Counter[str
     [
         (ODD, [(1, 1, 1), (3, 2, 2), (5, 3, 1), (2, 1, 2), (1, 6, 2)]),
         (ODD.model_copy(update={"tie_word_embeddings": True, "moe_layers": ()}), [(1, 1, 1), (3, 1, 2)]),
+        (ODD.model_copy(update={"qk_norm": "head", "shared_intermediate_size": 18}), [(1, 1, 1), (2, 3, 2)]),
+        (ODD.model_copy(update={"qk_norm": "projection"}), [(1, 1, 1), (2, 3, 2)]),
+        ("qwen3-30b-a3b", [(1, 1, 1), (3, 16, 4)]),
+        ("olmoe-1b-7b", [(1, 1, 1), (1, 8, 16)]),
         ("mixtral-8x7b", [(1, 1, 1), (4, 2, 1), (1, 8, 1), (2, 2, 4)]),
         ("llama-3.2-3b-moe-8x-half", [(1, 1, 1), (2, 4, 2)]),
         ("llama-3.2-3b", [(2, 1, 2)]),
@@ -140,13 +148,17 @@ def test_counts_equal_an_enumeration(model: Model | str, layouts: list[tuple[int
         assert sum(part.rank for part in everything.parts) == rank.resident
         assert everything.optimized == (rank.owned if zero else rank.resident)
         assert everything.held == (rank.owned if zero == 3 else rank.resident)
-        dense, expert = own["norms"] + adapters["attention lora"] + adapters["dense_mlp lora"], adapters["experts lora"]
+        expert = adapters["experts lora"]
+        dense = own["norms"] + adapters.total() - expert
         assert census.optimized == (math.ceil(dense / (dp * ep)) + math.ceil(expert / dp) if zero else dense + expert)
         whole_own, whole_adapters = enumerated(model, Parallel(), rank=5)
         assert {part.name: part.parameters for part in census.parts} == whole_own + whole_adapters
 
 
-@pytest.mark.parametrize("model", [ODD, "mixtral-8x7b", "llama-3-8b", "llama-3.2-1b"])
+@pytest.mark.parametrize(
+    "model",
+    [ODD, ODD.model_copy(update={"shared_intermediate_size": 18}), "mixtral-8x7b", "llama-3.2-1b", "qwen3-30b-a3b"],
+)
 def test_projections_are_all_matrices_of_their_components(model: Model | str) -> None:
     """The weights that adapters sit on have as many parameters as sizes.py says, and as many are active."""
     model = preset(model) if isinstance(model, str) else model
@@ -156,8 +168,36 @@ def test_projections_are_all_matrices_of_their_components(model: Model | str) ->
         sums[weight.component] += weight.copies * weight.rows * weight.columns
         active[weight.component] += weight.active * weight.rows * weight.columns
     counts = parameter_counts(model)
-    assert sums == Counter(attention=counts.attention, dense_mlp=counts.dense_mlp, experts=counts.experts)
+    assert sums == Counter(
+        attention=counts.attention,
+        dense_mlp=counts.dense_mlp,
+        shared_experts=counts.shared_experts,
+        experts=counts.experts,
+    )
     assert active["experts"] == counts.active_experts and active["attention"] == counts.attention
+
+
+@pytest.mark.parametrize(("name", "kind"), [("qwen3-30b-a3b", "qwen3_moe"), ("olmoe-1b-7b", "olmoe")])
+def test_families_beside_llama_have_the_parameters_of_transformers(name: str, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    values = read_model(name)
+    values["num_experts"] = values.pop("num_local_experts")
+    values = {key: value for key, value in values.items() if key not in ("qk_norm", "router_aux_loss")}
+    config = transformers.AutoConfig.for_model(kind, **values)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == parameter_counts(preset(name)).total
+
+
+def test_qwen3_has_the_published_settings() -> None:
+    path = PUBLISHED / "Qwen--Qwen3-30B-A3B_config.json"
+    if not path.is_file():
+        pytest.skip(f"the published config is not at {path}")
+    published = json.loads(path.read_text())
+    ours = read_model("qwen3-30b-a3b")
+    assert ours.pop("num_local_experts") == published["num_experts"]
+    assert ours.pop("router_aux_loss") == "hf_mixtral" and ours.pop("qk_norm") == "head"
+    assert ours == {key: published[key] for key in ours}
 
 
 TOTALS = {
