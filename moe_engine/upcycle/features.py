@@ -1,0 +1,74 @@
+"""What the layers of the dense model see on a batch of text: the material of routers and of groups of tokens.
+
+    hidden_inputs       x, what enters decoder layer l (Hugging Face's hidden_states[l])
+    mlp_inputs          norm(x + attention), what enters its feed-forward layer, and would enter a router
+    sequence_features   the mean over positions of the last layer's output, for grouping sequences
+
+All on one rank, without gradients, padding dropped where `counted_BS` (bool) is False.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from moe_engine.data.loader import Batch
+from moe_engine.model.transformer import Transformer
+from moe_engine.parallel.weight import key_of
+from moe_engine.upcycle.kmeans import kmeans
+
+
+@contextmanager
+def inputs_of(modules: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """The first argument of each module, under its key, as of its last call."""
+    seen: dict[int, Tensor] = {}
+    handles = [m.register_forward_pre_hook(partial(_note, seen, key)) for key, m in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note(seen: dict[int, Tensor], key: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    seen[key] = args[0]
+
+
+@torch.no_grad()
+def mlp_inputs(
+    model: Transformer, batch: Batch, counted_BS: Tensor | None = None, layers: Collection[int] | None = None
+) -> dict[int, Tensor]:
+    """x[T, D] of the counted tokens for each of `layers` (default: all); a few at a time keep memory small."""
+    wanted = range(len(model.layers)) if layers is None else layers
+    with inputs_of({i: model.get_submodule(f"layers.{i}.ffn") for i in wanted}) as seen:
+        model.hidden(batch.tokens_BS, batch.positions_BS)
+    keep_T = _all(batch) if counted_BS is None else counted_BS.flatten()
+    return {layer: x_TD[keep_T] for layer, x_TD in seen.items()}
+
+
+@torch.no_grad()
+def hidden_inputs(model: Transformer, tokens_S: Tensor) -> Tensor:
+    """x[N, S, D] of one sequence, for each of N layers."""
+    with inputs_of(dict(enumerate(model.layers))) as seen:
+        model.hidden(tokens_S.unsqueeze(0), torch.arange(len(tokens_S), device=tokens_S.device).unsqueeze(0))
+    return torch.stack([seen[layer] for layer in range(len(model.layers))])
+
+
+@torch.no_grad()
+def sequence_features(model: Transformer, batch: Batch, counted_BS: Tensor | None = None) -> Tensor:
+    """The mean feature[B, D], fp32, of each sequence's counted tokens."""
+    h_TD = model.hidden(batch.tokens_BS, batch.positions_BS)[0]
+    keep_BS1 = (_all(batch) if counted_BS is None else counted_BS).view(*batch.tokens_BS.shape, 1)
+    h_BSD = h_TD.float().view(*batch.tokens_BS.shape, -1)
+    return (h_BSD * keep_BS1).sum(dim=1) / keep_BS1.sum(dim=1).clamp(min=1)
+
+
+def group_sequences(feature_BD: Tensor, groups: int, seed: int) -> Tensor:
+    """group[B] int64 of a sample's sequences, by k-means of their features: the `domain_B` that importance reads."""
+    return kmeans(feature_BD, groups, torch.Generator().manual_seed(key_of(seed, "upcycle/groups"))).label_N
+
+
+def _all(batch: Batch) -> Tensor:
+    return torch.ones(batch.tokens_BS.numel(), dtype=torch.bool, device=batch.tokens_BS.device)

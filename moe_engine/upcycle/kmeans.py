@@ -1,0 +1,107 @@
+"""k-means whose clusters have bounded sizes: low <= size <= high. Lloyd's rounds from k-means++ seeds.
+
+A round assigns points to centroids at the least sum of squared distances within the bounds. That is a transport problem
+with one price a cluster: a point goes where distance + price is least. Each price in turn is put where its cluster has
+an allowed size, 0 if it can be, until all have; what then still lies outside is moved, the cheapest point first.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SWEEPS = 50  # over the prices, in one round
+
+
+class Clusters(NamedTuple):
+    """label_N int64; centroid_KD fp32, the mean of its points."""
+
+    label_N: Tensor
+    centroid_KD: Tensor
+
+
+def kmeans(
+    x_ND: Tensor, clusters: int, draw: torch.Generator, low: int = 0, high: int | None = None, rounds: int = 500
+) -> Clusters:
+    """The points x (in fp32) in `clusters` clusters of low to high (default: all) points. ValueError if none can be."""
+    points, high = x_ND.shape[0], x_ND.shape[0] if high is None else high
+    if not (clusters * low <= points <= clusters * high and clusters <= points):
+        raise ValueError(f"found {points} points for {clusters} clusters of {low} to {high}: these do not fit")
+    x_ND = x_ND.float()
+    centroid_KD, label_N = _seeds(x_ND, clusters, draw), None
+    for _ in range(rounds):
+        before, label_N = label_N, assign(_distances(x_ND, centroid_KD), low, high)
+        if before is not None and torch.equal(before, label_N):
+            break
+        count_K = label_N.bincount(minlength=clusters).unsqueeze(1)
+        sum_KD = torch.zeros_like(centroid_KD).index_add_(0, label_N, x_ND)
+        centroid_KD = torch.where(count_K > 0, sum_KD / count_K.clamp(min=1), centroid_KD)
+    assert label_N is not None
+    return Clusters(label_N, centroid_KD)
+
+
+def assign(cost_NK: Tensor, low: int, high: int) -> Tensor:
+    """The cluster of each point, at a small total cost, every cluster holding low to high points."""
+    price_K = cost_NK.new_zeros(cost_NK.shape[1])
+    label_N = cost_NK.argmin(dim=1)
+    for _ in range(SWEEPS):
+        if _fits(label_N, cost_NK.shape[1], low, high):
+            return label_N
+        for cluster in range(cost_NK.shape[1]):
+            price_K[cluster] = _price(cost_NK, price_K, cluster, low, high)
+        label_N = (cost_NK + price_K).argmin(dim=1)
+    return _moved(cost_NK + price_K, label_N, low, high)
+
+
+def _price(cost_NK: Tensor, price_K: Tensor, cluster: int, low: int, high: int) -> Tensor | float:
+    """The price, nearest to 0, at which a cluster holds low to high points while the other prices stay."""
+    elsewhere_NK = cost_NK + price_K
+    elsewhere_NK[:, cluster] = torch.inf
+    gain_N = elsewhere_NK.min(dim=1).values - cost_NK[:, cluster]  # a point comes while the price is below its gain
+    points, free = len(gain_N), int((gain_N > 0).sum())
+    size = min(max(free, low), high, points)
+    if size == free:
+        return 0.0
+    last = gain_N.kthvalue(points - size + 1).values if size else gain_N.max()
+    first_out = gain_N.kthvalue(points - size).values if size < points else last - 1
+    return (last + first_out) / 2
+
+
+def _moved(cost_NK: Tensor, label_N: Tensor, low: int, high: int) -> Tensor:
+    """Points moved one by one, each time the cheapest, out of a cluster that is too large or into one too small."""
+    clusters = cost_NK.shape[1]
+    while not _fits(label_N, clusters, low, high):
+        count_K = label_N.bincount(minlength=clusters)
+        if count_K.max() > high:
+            gives_K, takes_K = count_K == count_K.max(), count_K < high
+        else:
+            gives_K, takes_K = count_K > low, count_K == count_K.min()
+        extra_NK = cost_NK - cost_NK.gather(1, label_N.unsqueeze(1))
+        extra_NK.masked_fill_(~gives_K[label_N].unsqueeze(1) | ~takes_K, torch.inf)
+        point, cluster = divmod(int(extra_NK.argmin()), clusters)
+        label_N[point] = cluster
+    return label_N
+
+
+def _fits(label_N: Tensor, clusters: int, low: int, high: int) -> bool:
+    count_K = label_N.bincount(minlength=clusters)
+    return bool(((low <= count_K) & (count_K <= high)).all())
+
+
+def _distances(x_ND: Tensor, centroid_KD: Tensor) -> Tensor:
+    """Squared distances[N, K], less the points' own squares, which no choice depends on."""
+    return centroid_KD.square().sum(dim=1) - 2 * x_ND @ centroid_KD.T
+
+
+def _seeds(x_ND: Tensor, clusters: int, draw: torch.Generator) -> Tensor:
+    """k-means++: each next seed is a point drawn with probability proportional to its squared distance to the last."""
+    chosen = [int(torch.randint(len(x_ND), (), generator=draw))]
+    nearest_N = torch.full((len(x_ND),), torch.inf)
+    while len(chosen) < clusters:
+        nearest_N = torch.minimum(nearest_N, (x_ND - x_ND[chosen[-1]]).square().sum(dim=1).cpu())
+        nearest_N[chosen] = 0.0
+        weight_N = (
+            nearest_N if nearest_N.sum() > 0 else torch.ones_like(nearest_N).index_fill_(0, torch.tensor(chosen), 0)
+        )
+        chosen.append(int(torch.multinomial(weight_N, 1, generator=draw)))
+    return x_ND[chosen].clone()

@@ -1,0 +1,50 @@
+"""An upcycled model against its parent on the same tokens: how far the logits are apart, and what theory says of it."""
+
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_engine.model.transformer import Transformer
+from moe_engine.upcycle.expected import Expected
+
+UNSTATED = Expected("nothing is known of this method")
+
+
+class Receipt(NamedTuple):
+    """max, mean: of |difference| of the logits; largest: |logit| of the parent; argmax_agreement: share of tokens."""
+
+    max: float
+    mean: float
+    argmax_agreement: float
+    largest: float
+    expected: str
+    bound: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """False if theory gives a bound, relative to the largest logit, and the model misses it."""
+        return self.bound is None or self.max <= self.bound * self.largest
+
+
+@torch.no_grad()
+def receipt(parent: Transformer, child: Transformer, tokens_BS: Tensor, expected: Expected = UNSTATED) -> Receipt:
+    """Both on tokens_BS (int64) in fp32 and without router noise, one sequence at a time; on one rank."""
+    models = [_still(model) for model in (parent, child)]
+    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
+    worst, total, agree, largest, elements = 0.0, 0.0, 0, 0.0, 0
+    for tokens_S in tokens_BS:
+        theirs, ours = (model.logits(tokens_S.unsqueeze(0), positions_BS) for model in models)
+        difference = (ours - theirs).abs()
+        worst, largest = max(worst, float(difference.max())), max(largest, float(theirs.abs().max()))
+        total, elements = total + float(difference.double().sum()), elements + difference.numel()
+        agree += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
+    return Receipt(worst, total / elements, agree / tokens_BS.numel(), largest, *expected)
+
+
+def _still(model: Transformer) -> Transformer:
+    """The model in evaluation mode and fp32; a copy where that changes it."""
+    if model.training or any(p.dtype != torch.float32 for p in model.parameters()):
+        model = deepcopy(model).float().eval()
+    return model
