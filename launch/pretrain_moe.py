@@ -86,6 +86,10 @@ def pretrain(loaded: Loaded, rank: int) -> None:
     if rank == 0:
         make_writable(out)
         held = lock(out)
+        if run.train.export_hf:
+            from moe_engine.checkpoint.hf.export import check_exportable
+
+            check_exportable(run.model, Path(run.train.export_hf))
     log = Logger(out, rank == 0, run.train.steps, log_every=run.train.log_every)
     with log:
         log.info(*loaded.derived)
@@ -105,9 +109,23 @@ def pretrain(loaded: Loaded, rank: int) -> None:
             from moe_engine.train.summary import write_summary
 
             log.info(*write_summary(out, run))
+            if run.train.export_hf:
+                log.info(export(out, Path(run.train.export_hf)))
     stop_ranks()
     if held:
         held.close()
+
+
+def export(out: Path, folder: Path) -> str:
+    """The newest checkpoint of the run as a Hugging Face folder."""
+    from moe_engine.checkpoint.folders import folder_of, steps_in
+    from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
+
+    newest = folder_of(out / "checkpoints", steps_in(out / "checkpoints")[-1])
+    target, written = export_checkpoint(newest, folder, Wishes())
+    return (
+        f"exported {newest} as {target.family}: {len(written.tensors)} tensors, {written.bytes / 1e9:.3f} GB, {folder}"
+    )
 
 
 def train(run: Run, rank: int, world: int, store: Any, log: Logger, beat: Callable[[int, str], None]) -> None:

@@ -231,6 +231,8 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "selective", "full"] = "none"
     out: Annotated[str, Field(min_length=1)] = "runs/default"
+    init_from: str | None = None  # Hugging Face folder or checkpoint whose weights, and model, a new run starts with
+    export_hf: str | None = None  # folder to write the final weights to, for Hugging Face's readers
     resume: str | None = None  # None, "auto" (the newest checkpoint in out) or the path of a checkpoint
     save_every: Size = 500
     async_save: bool = False  # write checkpoints while training goes on, from a copy in host memory

@@ -43,6 +43,8 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "--zero": ("parallel.zero", "0|1|2|3", "ZeRO stage"),
     "--offload-optimizer": ("parallel.offload_optimizer", "", "keep optimizer states in host memory"),
     "--recompute": ("train.recompute", "none|selective|full", "activations to recompute in backward"),
+    "--init-from": ("train.init_from", "PATH", "start with the weights of a Hugging Face folder or a checkpoint"),
+    "--export-hf": ("train.export_hf", "DIR", "write the final weights as a Hugging Face folder"),
     "--resume": ("train.resume", "auto|PATH", "continue from the newest checkpoint in --out, or from PATH"),
     "--save-every": ("train.save_every", "N", "steps between checkpoints"),
     "--async-save": ("train.async_save", "", "write checkpoints while training goes on"),
@@ -204,6 +206,9 @@ class Sources:
                 self.put(section, key, flags[name], flag)
         for assignment in flags.get("set", []):
             self.read_assignment(assignment)
+        start = self.values.get("train", {}).get("init_from")
+        if start and "preset" not in self.values.get("model", {}):
+            self.put("model", "preset", start, "train.init_from")
         return self.values, self.origin
 
     def put(self, section: str, key: str, value: Any, source: str) -> None:

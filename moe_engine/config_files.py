@@ -112,12 +112,22 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def model_of_checkpoint(manifest: Path) -> dict[str, Any]:
+    """The Model keys in the manifest of a checkpoint; who takes its weights compares its checksums."""
+    try:
+        return dict(json.loads(manifest.read_bytes())["run"]["model"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        refuse([f"{manifest}: names no model ({type(error).__name__})"])
+
+
 def read_model(name: str) -> dict[str, Any]:
-    """The Model keys of a preset, of a YAML file, or of a Hugging Face config.json or its folder."""
+    """The Model keys of a preset, of a YAML file, of a Hugging Face config.json or its folder, or of a checkpoint."""
     names = preset_names()
     if name in names:
         return read_mapping(PRESETS / f"{name}.yaml")
     path = Path(name)
+    if (path / "manifest.json").is_file():
+        return model_of_checkpoint(path / "manifest.json")
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():

@@ -79,6 +79,40 @@ FAMILIES = {
         | {"num_local_experts": "num_local_experts", "router_jitter_noise": "router_jitter_noise"}
         | {"moe_intermediate_size": "intermediate_size"},
     ),
+    "qwen3_moe": HfFamily(
+        "Qwen3MoeForCausalLM",
+        {
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e4,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "router_aux_loss_coef": 0.001,
+        },
+        {"qk_norm": "head"},
+        ROUTING
+        | {"num_local_experts": "num_experts", "moe_intermediate_size": "moe_intermediate_size"}
+        | {"norm_topk_prob": "norm_topk_prob"},
+    ),
+    "olmoe": HfFamily(
+        "OlmoeForCausalLM",
+        {
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e4,
+            "max_position_embeddings": 4096,
+            "num_local_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "router_aux_loss_coef": 0.01,
+        },
+        {"qk_norm": "projection"},
+        ROUTING
+        | {"num_local_experts": "num_experts", "moe_intermediate_size": "intermediate_size"}
+        | {"norm_topk_prob": "norm_topk_prob"},
+    ),
 }
 
 
@@ -91,9 +125,13 @@ def model_from_hf(config: Mapping[str, Any]) -> Model:
     problems: list[str] = []
     names = {key: key for key in SIZES + OPTIONAL} | family.routing
     values = family.defaults | {k: config[theirs] for k, theirs in names.items() if config.get(theirs) is not None}
+    if "num_experts" in names.values() and config.get("num_local_experts") is not None:
+        values["num_local_experts"] = config["num_local_experts"]  # as transformers 5 writes it
+    values |= moe_layers_from_hf(config)
     values |= family.implied | ({"router_aux_loss": "hf_mixtral"} if family.routing else {})
     values |= rope_from_hf(config, problems)
-    problems += unsupported(config, {*names.values()})
+    same = {"decoder_sparse_step", "mlp_only_layers", "num_local_experts"} if kind == "qwen3_moe" else set()
+    problems += unsupported(config, {*names.values()} | same)
     try:
         model = Model.model_validate(values)
     except ValidationError as error:
@@ -102,6 +140,18 @@ def model_from_hf(config: Mapping[str, Any]) -> Model:
     if problems:
         refuse(problems)
     return model
+
+
+def moe_layers_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers hold experts, as Qwen3-MoE says it: every decoder_sparse_step-th, and none of mlp_only_layers."""
+    layers, step, dense = (
+        config.get("num_hidden_layers"),
+        config.get("decoder_sparse_step"),
+        config.get("mlp_only_layers"),
+    )
+    if config.get("model_type") != "qwen3_moe" or not isinstance(layers, int) or not (dense or (step or 1) != 1):
+        return {}
+    return {"moe_layers": [i for i in range(layers) if i not in (dense or ()) and (i + 1) % (step or 1) == 0]}
 
 
 def rope_from_hf(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -140,7 +190,9 @@ def unsupported(config: Mapping[str, Any], known: set[str]) -> list[str]:
     return problems
 
 
-def model_to_hf(model: Model, kind: str, dtype: str, version: int | None, carried: Mapping[str, Any]) -> dict[str, Any]:
+def model_to_hf(
+    model: Model, kind: str, dtype: str | None, version: int | None, carried: Mapping[str, Any]
+) -> dict[str, Any]:
     """The config.json of a model as `kind`, one of FAMILIES.
 
     dtype: torch's name of it, "bfloat16". version: of transformers, 4 or 5; None: the spelling of `carried`, or 5.
@@ -150,7 +202,7 @@ def model_to_hf(model: Model, kind: str, dtype: str, version: int | None, carrie
     family = FAMILIES[kind]
     gone = {"torch_dtype", "dtype", "rope_theta", "rope_scaling", "rope_parameters"}
     gone |= {"transformers_version"} if version else set()
-    version = version or (4 if "torch_dtype" in carried or "rope_theta" in carried else 5)
+    version = version or spelling_of(carried)
     if carried.get("model_type") != kind:  # of the dense parent, say
         gone |= set(carried) - NO_EFFECT - {*SIZES, *OPTIONAL, *HARMLESS}
     config = {key: value for key, value in carried.items() if key not in gone}
@@ -161,12 +213,26 @@ def model_to_hf(model: Model, kind: str, dtype: str, version: int | None, carrie
     config |= rope_to_hf(model, version) | {"dtype" if version > 4 else "torch_dtype": dtype}
     if kind == "mixtral":
         config["sliding_window"] = None
+    if kind == "qwen3_moe":
+        dense = [i for i in range(model.num_hidden_layers) if not model.is_moe(i)]
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+        config.pop("num_local_experts", None)
     if lost := differences(model, model_from_hf(config)):
         refuse(
             f"{key}: {shown(ours)} cannot be written as {kind}, which has {shown(theirs)}"
             for key, (ours, theirs) in lost.items()
         )
     return config
+
+
+def spelling_of(config: Mapping[str, Any]) -> int:
+    """Whose spelling a config.json is in: transformers' 4 or 5."""
+    return 4 if "torch_dtype" in config or "rope_theta" in config else 5
+
+
+def dtype_of(config: Mapping[str, Any]) -> str | None:
+    """torch's name of the dtype that a config.json gives, None if it gives none."""
+    return config.get("dtype") or config.get("torch_dtype")
 
 
 def rope_to_hf(model: Model, version: int) -> dict[str, Any]:

@@ -15,14 +15,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-if TYPE_CHECKING:
-    from moe_engine.checkpoint.hf.write import Target
-    from moe_engine.checkpoint.reader import Reader
-    from moe_engine.config import Model
 
 DIFFERENT = 1
 
@@ -83,13 +78,12 @@ def import_(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Checkpoint -> folder."""
-    from moe_engine.checkpoint.hf.write import digest_of_all, write_hf
+    from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
+    from moe_engine.checkpoint.hf.write import digest_of_all
 
-    reader, model = open_checkpoint(options.checkpoint)
-    target = target_of(reader, model, options)
-    identity = reader.manifest["files"]
-    with bar(sum(count for count, _, _ in identity.values()), "export") as beat:
-        written = write_hf(reader, model, target, options.out, identity, beat)
+    wishes = Wishes(options.family, options.expert_layout, options.dtype, options.hf_version, options.shard_gb)
+    with bar(None, "export") as beat:
+        target, written = export_checkpoint(options.checkpoint, options.out, wishes, beat)
     print(f"{target.family}, {target.layout}: {summary(written)}")
     print(f"hash of all tensors {digest_of_all(written.tensors)}")
     print(f"wrote {options.out}")
@@ -100,6 +94,7 @@ def verify(options: argparse.Namespace) -> int:
     """Compare bit by bit; prints what differs."""
     import torch
 
+    from moe_engine.checkpoint.hf.export import open_checkpoint
     from moe_engine.checkpoint.hf.folder import HfFolder
 
     folder = HfFolder(options.hf)
@@ -123,59 +118,13 @@ def verify(options: argparse.Namespace) -> int:
     return DIFFERENT if different else 0
 
 
-def open_checkpoint(folder: Path) -> "tuple[Reader, Model]":
-    """A checkpoint whose files are what its manifest says, and its model."""
-    from moe_engine.checkpoint.manifest import NAME, problems_of
-    from moe_engine.checkpoint.reader import Reader
-    from moe_engine.config import Model
-    from moe_engine.errors import ConfigError, DataError
-
-    if not (folder / NAME).is_file():
-        raise ConfigError(
-            f"--checkpoint {folder}: no manifest.json there; give an imported checkpoint, or step-N of a run"
-        )
-    reader = Reader(folder, keep_open=1)
-    if problems := problems_of(folder, reader.manifest):
-        raise DataError("; ".join(problems))
-    return reader, Model.model_validate(reader.manifest["run"]["model"])
-
-
-def target_of(reader: "Reader", model: "Model", options: argparse.Namespace) -> "Target":
-    """What to write: as the weights came, unless the options say otherwise."""
-    import json
-
-    import torch
-
-    from moe_engine.checkpoint.hf.carried import of_checkpoint
-    from moe_engine.checkpoint.hf.families import TABLES
-    from moe_engine.checkpoint.hf.folder import CONFIG
-    from moe_engine.checkpoint.hf.write import Target
-    from moe_engine.config_hf import FAMILIES, family_of
-    from moe_engine.errors import ConfigError
-
-    manifest, side = reader.manifest, of_checkpoint(options.checkpoint)
-    came = manifest.get("hf", {})
-    family = options.family or came.get("family") or family_of(model)
-    if family not in FAMILIES:
-        raise ConfigError(f"--family {family}: expected {', '.join(FAMILIES)}")
-    layout = options.expert_layout or came.get("layout") or next(iter(TABLES[family]))
-    if family == "llama":
-        layout = "dense"
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    if dtype is None and not came:  # masters are fp32, whatever the run computed in
-        carried = json.loads(side[CONFIG]) if CONFIG in side else {}
-        run = "bfloat16" if manifest["run"]["train"]["precision"] == "bf16" else "float32"
-        dtype = getattr(torch, str(carried.get("dtype") or carried.get("torch_dtype") or run))
-    return Target(family, layout, dtype, options.hf_version, side, int(options.shard_gb * 1e9))
-
-
 def summary(written: Any) -> str:
     """Tensors and bytes of a conversion."""
     return f"{len(written.tensors):,} tensors, {written.bytes / 1e9:.3f} GB"
 
 
 @contextmanager
-def bar(total: int, what: str) -> Iterator[Callable[[int], Any]]:
+def bar(total: int | None, what: str) -> Iterator[Callable[[int], Any]]:
     """Shows how far it is, on standard error; gives the function that is told of bytes."""
     from tqdm import tqdm
 

@@ -11,8 +11,8 @@ from typing import Any
 from moe_engine.errors import ConfigError
 
 HARMLESS = {
-    *("out", "resume", "save_every", "eval_every", "eval_batches", "log_every", "tokenizer"),
-    *("async_save", "keep_last", "keep_every", "on_save_error", "step_timeout", "recompute"),
+    *("out", "resume", "save_every", "eval_every", "eval_batches", "log_every", "tokenizer", "init_from"),
+    *("async_save", "keep_last", "keep_every", "on_save_error", "step_timeout", "recompute", "export_hf"),
 }
 CONSEQUENCE = {"steps": "the learning rate follows the new schedule from here on"}
 

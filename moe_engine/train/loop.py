@@ -18,12 +18,15 @@ import torch
 from moe_engine.checkpoint.agreement import together
 from moe_engine.checkpoint.compare import differences
 from moe_engine.checkpoint.folders import folder_of, set_aside
-from moe_engine.checkpoint.manifest import read_manifest
-from moe_engine.checkpoint.reader import agreed_steps, choose
+from moe_engine.checkpoint.hf.carried import keep_for_run
+from moe_engine.checkpoint.hf.folder import HfFolder
+from moe_engine.checkpoint.manifest import NAME, read_manifest
+from moe_engine.checkpoint.reader import Reader, agreed_steps, choose, verify
 from moe_engine.checkpoint.saver import Saver
+from moe_engine.checkpoint.source import Source
 from moe_engine.config import Run
 from moe_engine.data.loader import Batch, Loader, OpenDomain, eval_batches
-from moe_engine.errors import ConfigError, EngineError, Preempted, StorageError
+from moe_engine.errors import ConfigError, DataError, EngineError, Preempted, StorageError
 from moe_engine.host.memory import keep_freed_memory
 from moe_engine.host.signals import Requests
 from moe_engine.log import Logger
@@ -34,7 +37,7 @@ from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, key_of
 from moe_engine.train.peak import peak_flops
 from moe_engine.train.schedule import learning_rate
-from moe_engine.train.state import load_state, save_state
+from moe_engine.train.state import load_state, load_weights, save_state
 from moe_engine.train.step import StepReport, evaluate, train_step
 from moe_engine.train.zero import ZeroEngine
 
@@ -212,8 +215,12 @@ def resume(trainer: Trainer) -> tuple[int, int]:
     beat = partial(trainer.beat, 0, "reading a checkpoint")
     folder = choose(wanted, root, world, log.warn, beat) if wanted else None
     if folder is None:
+        if trainer.run.train.init_from:
+            start_from(trainer, Path(trainer.run.train.init_from))
         return 0, 0
     manifest = read_manifest(folder)
+    if "hf" in manifest:
+        raise ConfigError(f"{folder} holds weights without a training state: start from them with --init-from")
     log.warn(*differences(manifest["run"], trainer.run.model_dump(mode="json")))
     trainer.loader.load_state(manifest["data"])
     load_state(trainer.engine, trainer.mesh, folder, beat)
@@ -221,6 +228,18 @@ def resume(trainer: Trainer) -> tuple[int, int]:
     later = [step for step in there if step > manifest["step"]]  # damaged, or of a past that the run leaves now
     together(lambda: leave(trainer, later), world, everywhere=False)
     return int(manifest["step"]), int(manifest["tokens"])
+
+
+def start_from(trainer: Trainer, path: Path) -> None:
+    """A new run takes the weights of a Hugging Face folder or a checkpoint, and their side files; collective."""
+    world, beat = trainer.mesh.world, partial(trainer.beat, 0, "reading the first weights")
+    if (path / NAME).is_file() and (problems := verify(path, world, beat)):
+        raise DataError("; ".join(problems))
+    opened: list[Source] = []
+    together(lambda: opened.append(Reader(path) if (path / NAME).is_file() else HfFolder(path)), world)
+    together(lambda: load_weights(trainer.engine, opened[0], beat), world)
+    together(lambda: keep_for_run(path, Path(trainer.run.train.out)), world, everywhere=False)
+    trainer.log.info(f"started with the weights of {path}")
 
 
 def leave(trainer: Trainer, steps: list[int]) -> None:

@@ -17,9 +17,11 @@ import moe_engine
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.saver import Saver, Shard
+from moe_engine.checkpoint.source import Source
+from moe_engine.errors import ConfigError
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import key_of, note_of
-from moe_engine.train.zero import ZeroEngine
+from moe_engine.train.zero import OwnedSlice, ZeroEngine
 
 
 def save_state(engine: ZeroEngine, mesh: Mesh, saver: Saver, step: int, manifest: dict[str, Any]) -> Path | None:
@@ -36,8 +38,7 @@ def save_state(engine: ZeroEngine, mesh: Mesh, saver: Saver, step: int, manifest
         kinds = {"master": owned.master} | {k: v for k, v in owned.moments.items() if k != "step"}
         adam_steps = int(owned.moments["step"]) if "step" in owned.moments else adam_steps
         if owned.first_copy:
-            box = tuple((s.start, s.stop) for s in note_of(by_name[owned.name]).local_slices())
-            pieces.append((Piece(owned.name, box, owned.start, owned.master.numel()), kinds))
+            pieces.append((piece_of(owned, by_name[owned.name]), kinds))
     extra = {"rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         extra["rng_cuda"] = torch.cuda.get_rng_state()
@@ -71,8 +72,7 @@ def load_state(engine: ZeroEngine, mesh: Mesh, folder: Path, beat: Callable[[], 
     by_name = {name: p for p, name in engine.names.items()}
     for owned in engine.owned():
         beat()
-        box = tuple((s.start, s.stop) for s in note_of(by_name[owned.name]).local_slices())
-        piece = Piece(owned.name, box, owned.start, owned.master.numel())
+        piece = piece_of(owned, by_name[owned.name])
         for kind, out in ({"master": owned.master} | owned.moments).items():
             if kind == "step":
                 out.fill_(reader.manifest["adam_steps"])
@@ -93,6 +93,38 @@ def load_state(engine: ZeroEngine, mesh: Mesh, folder: Path, beat: Callable[[], 
         if router.expert_bias is not None:
             router.expert_bias.copy_(extra[f"expert_bias/{i}"])
     return reader.manifest
+
+
+@torch.no_grad()
+def load_weights(engine: ZeroEngine, source: Source, beat: Callable[[], None] = lambda: None) -> None:
+    """Fill the weights from a source that holds a model of the same shapes; each rank reads its own elements.
+
+    ConfigError names the weights that differ.
+    """
+    by_name = {name: p for p, name in engine.names.items()}
+    ours = {name: tuple(note_of(p).shape) for name, p in by_name.items()}
+    theirs = {name: tuple(shape) for name, shape in source.shapes.items()}
+    if ours != theirs:
+        names = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+        first = names[0]
+        raise ConfigError(
+            f"{source.folder}: {len(names)} weights are not those of the model, {first} for one is {theirs.get(first)} "
+            f"there and {ours.get(first)} in the run; leave --model out to take the model of that folder"
+        )
+    for owned in engine.owned():
+        beat()
+        source.fill("master", piece_of(owned, by_name[owned.name]), owned.master)
+    engine.weights_from_masters()
+    biases = source.extra(0) if isinstance(source, Reader) else {}
+    for i, router in enumerate(engine.routers):
+        if router.expert_bias is not None and f"expert_bias/{i}" in biases:
+            router.expert_bias.copy_(biases[f"expert_bias/{i}"])
+
+
+def piece_of(owned: OwnedSlice, parameter: torch.Tensor) -> Piece:
+    """Where an owned slice lies in its whole weight."""
+    box = tuple((s.start, s.stop) for s in note_of(parameter).local_slices())
+    return Piece(owned.name, box, owned.start, owned.master.numel())
 
 
 def layout_of(mesh: Mesh) -> dict[str, int]:

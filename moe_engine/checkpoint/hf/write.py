@@ -23,7 +23,7 @@ from moe_engine.checkpoint.partial import Partial
 from moe_engine.checkpoint.shard import Digest, Entry, Hasher, stream_shard
 from moe_engine.checkpoint.source import Source
 from moe_engine.config import Model
-from moe_engine.config_hf import FAMILIES, model_to_hf
+from moe_engine.config_hf import FAMILIES, dtype_of, model_from_hf, model_to_hf, spelling_of
 from moe_engine.errors import ConfigError, DataError
 
 SHARD_BYTES = 5 * 10**9  # as transformers
@@ -129,8 +129,10 @@ def config_text(model: Model, target: Target, entries: Mapping[str, Entry]) -> b
         count[entry.dtype] = count.get(entry.dtype, 0) + entry.nbytes
     dtype = str(max(count, key=lambda kind: count[kind])).removeprefix("torch.")
     config = model_to_hf(model, target.family, dtype, target.version, carried)
-    if old and target.version is None and all(carried.get(key) == config.get(key) for key in carried):
-        return old
+    if old and carried.get("model_type") == target.family and target.version in (None, spelling_of(carried)):
+        said = dtype_of(carried) or dtype
+        if config == model_to_hf(model_from_hf(carried), target.family, said, target.version, carried):
+            return old
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 

@@ -1,0 +1,72 @@
+"""A checkpoint, imported or of a run, to a Hugging Face folder: what is written when nobody says otherwise."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_engine.checkpoint.hf.carried import of_checkpoint
+from moe_engine.checkpoint.hf.families import TABLES
+from moe_engine.checkpoint.hf.folder import CONFIG
+from moe_engine.checkpoint.hf.write import Target, Written, refuse_biases, write_hf
+from moe_engine.checkpoint.manifest import NAME, problems_of
+from moe_engine.checkpoint.reader import Reader
+from moe_engine.config import Model
+from moe_engine.config_hf import FAMILIES, dtype_of, family_of
+from moe_engine.errors import ConfigError, DataError
+
+
+class Wishes(NamedTuple):
+    """None: as the weights came, or for a run that began from nothing the usual. dtype: torch's name of it."""
+
+    family: str | None = None
+    layout: str | None = None
+    dtype: str | None = None
+    version: int | None = None
+    shard_gb: float = 5.0
+
+
+def open_checkpoint(folder: Path) -> tuple[Reader, Model]:
+    """A checkpoint whose files are what its manifest says, and its model. ConfigError, DataError."""
+    if not (folder / NAME).is_file():
+        raise ConfigError(f"{folder}: no manifest.json there; give an imported checkpoint, or step-N of a run")
+    reader = Reader(folder, keep_open=1)
+    if problems := problems_of(folder, reader.manifest):
+        raise DataError("; ".join(problems))
+    return reader, Model.model_validate(reader.manifest["run"]["model"])
+
+
+def check_exportable(model: Model, out: Path) -> None:
+    """ConfigError when a run with this model could not be exported to `out`; before it starts."""
+    refuse_biases(model)
+    family_of(model)
+    if out.exists():
+        raise ConfigError(f"--export-hf {out} exists; remove it or choose another name")
+
+
+def export_checkpoint(
+    folder: Path, out: Path, wishes: Wishes, beat: Callable[[int], Any] = lambda n: None
+) -> tuple[Target, Written]:
+    """Write `out` from a checkpoint; see write_hf."""
+    reader, model = open_checkpoint(folder)
+    target = target_of(reader.manifest, model, of_checkpoint(folder), wishes)
+    return target, write_hf(reader, model, target, out, reader.manifest["files"], beat)
+
+
+def target_of(manifest: dict[str, Any], model: Model, side: dict[str, bytes], wishes: Wishes) -> Target:
+    """Family, layout and dtype: wished for, or as the weights came, or the usual."""
+    came = manifest.get("hf", {})
+    family = wishes.family or came.get("family") or family_of(model)
+    if family not in FAMILIES:
+        raise ConfigError(f"--family {family}: expected {', '.join(FAMILIES)}")
+    layouts = list(TABLES[family])
+    layout = wishes.layout or (came.get("layout") if came.get("layout") in layouts else layouts[0])
+    dtype = wishes.dtype
+    if dtype is None and not came:  # masters are fp32, whatever the run computed in
+        carried = json.loads(side[CONFIG]) if CONFIG in side else {}
+        run = "bfloat16" if manifest["run"]["train"]["precision"] == "bf16" else "float32"
+        dtype = dtype_of(carried) or run
+    kind = getattr(torch, dtype) if dtype else None
+    return Target(family, layout, kind, wishes.version, side, int(wishes.shard_gb * 1e9))
