@@ -23,7 +23,7 @@ def rows(options: Options, kind: str = "normal"):
 def test_exact_with_renormalised_weights(experts: int, top_k: int, granularity: int) -> None:
     parent, options = dense_model(), Options(experts=experts, top_k=top_k, granularity=granularity)
     child = upcycle(parent, "virtual", options, rows(options))
-    assert child.config.moe_intermediate_size == 40 // granularity
+    assert child.config.moe_intermediate_size == 40 // granularity and child.config.routed_scaling_factor == 1
     found = receipt(parent, child, tokens(), virtual.expected(options))
     assert found.max <= 2e-6 and found.holds and found.bound
 
