@@ -6,10 +6,15 @@ from torch import Tensor
 
 from moe_engine.config import Model
 from moe_engine.errors import ConfigError
-from moe_engine.upcycle import Options, attention
+from moe_engine.model.transformer import Transformer
+from moe_engine.parallel.mesh import Mesh
+from moe_engine.upcycle import METHODS, Options, attention
 from moe_engine.upcycle.attention import AttentionExperts
-from moe_engine.upcycle.transplant import attention_weights
+from moe_engine.upcycle.receipt import receipt
+from moe_engine.upcycle.transplant import attention_weights, dense_layer, routed_weights, transplant
+from tests.upcycle.small import DENSE, dense_model, tokens
 
+HAS_ATTENTION_EXPERTS = "num_attention_experts" in Model.model_fields
 HEADS, KV, DIM, HIDDEN, LENGTH = 12, 3, 10, 28, 9
 MODEL = Model(
     vocab_size=9, hidden_size=HIDDEN, intermediate_size=8, num_hidden_layers=3, num_attention_heads=HEADS,
@@ -80,8 +85,25 @@ def test_names() -> None:
     assert named["layers.4.attention.router.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.skipif("num_attention_experts" not in Model.model_fields, reason="the model has no attention experts")
+@pytest.mark.skipif(not HAS_ATTENTION_EXPERTS, reason="the model has no attention experts")
 def test_child() -> None:
     child = attention.child(MODEL, Options(attention_experts=6, attention_top_k=2, dense_ends=1)).model_dump()
     assert child["num_attention_experts"] == 6 and child["num_attention_experts_per_tok"] == 2
     assert child["attention_scaling_factor"] == 3 and child["attention_moe_layers"] == (1,)
+
+
+@pytest.mark.skipif(not HAS_ATTENTION_EXPERTS, reason="the model has no attention experts")
+@pytest.mark.parametrize("experts", [2, 6])
+def test_in_the_engine_all_experts_are_the_dense_model(experts: int) -> None:
+    options = Options(attention_experts=experts, attention_top_k=experts, attention_scale=experts, top_k=3)
+    parent = dense_model()
+    child = Transformer(attention.child(METHODS["copy"].child(DENSE, options), options), Mesh())
+    parts: dict[str, Tensor] = {}
+    for layer in range(3):
+        weights = [parent.get_parameter(f"layers.{layer}.attention.{name}.weight").detach() for name in "qkvo"]
+        split = attention.build(DENSE, options, *weights)
+        parts |= attention_weights(layer, split, torch.zeros(experts, DENSE.hidden_size))
+        routed = METHODS["copy"].build(layer, dense_layer(parent, layer), options)
+        parts |= routed_weights(layer, routed, torch.zeros(8, DENSE.hidden_size))
+    transplant(parent, child, parts)
+    assert receipt(parent, child, tokens()).max <= 2e-6

@@ -111,7 +111,8 @@ def test_features_are_the_layers_inputs_without_padding() -> None:
 
 def test_sequences_are_grouped_by_their_mean_feature() -> None:
     model = dense_model()
-    ids = torch.cat([torch.randint(0, 5, (6, LENGTH)), torch.randint(80, 85, (5, LENGTH))])
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.cat([torch.randint(low, low + 4, (n, LENGTH), generator=draw) for low, n in ((0, 6), (80, 5))])
     batch = Batch(ids, ids, torch.arange(LENGTH).expand(11, LENGTH), torch.zeros(11, dtype=torch.int64))
     counted_BS = torch.ones(11, LENGTH, dtype=torch.bool)
     counted_BS[3, 5:] = False
