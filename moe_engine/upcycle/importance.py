@@ -13,7 +13,8 @@ that layer (LLaMA-MoE-v2).
     feature_grad     |dL/dh|, summed over tokens
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -64,7 +65,7 @@ def _add(
     layers, groups = count_NE.shape
     down = {i: model.get_submodule(f"layers.{i}.ffn.down") for i in range(layers)}
     ffn = {i: model.get_submodule(f"layers.{i}.ffn") for i in range(layers)}
-    with torch.enable_grad(), inputs_of(down) as h, inputs_of(ffn) as x:
+    with torch.enable_grad(), _differentiable(model), inputs_of(down) as h, inputs_of(ffn) as x:
         loss_T, _ = model(batch.tokens_BS, batch.positions_BS, batch.labels_BS)
         grads = torch.autograd.grad(loss_T.sum(), [h[i] for i in range(layers)])
     valid_T = batch.labels_BS.flatten() != IGNORED
@@ -78,3 +79,13 @@ def _add(
             value_TF = value_TF.abs()
         sum_NEF[layer].index_add_(0, group_T[valid_T], value_TF[valid_T])
         count_NE[layer] += group_T[valid_T].bincount(minlength=groups)
+
+
+@contextmanager
+def _differentiable(model: Transformer) -> Iterator[None]:
+    """Gradients reach every activation, though all parameters may be frozen."""
+    handle = model.embedding.register_forward_hook(lambda module, args, x_TD: x_TD.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()

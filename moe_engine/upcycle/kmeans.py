@@ -3,6 +3,7 @@
 A round assigns points to centroids at the least sum of squared distances within the bounds. That is a transport problem
 with one price a cluster: a point goes where distance + price is least. Each price in turn is put where its cluster has
 an allowed size, 0 if it can be, until all have; what then still lies outside is moved, the cheapest point first.
+Prices that fit are a proof that no assignment is better (complementary slackness).
 """
 
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def assign(cost_NK: Tensor, low: int, high: int) -> Tensor:
     price_K = cost_NK.new_zeros(cost_NK.shape[1])
     label_N = cost_NK.argmin(dim=1)
     for _ in range(SWEEPS):
-        if _fits(label_N, cost_NK.shape[1], low, high):
+        if _fits(label_N, price_K, low, high):
             return label_N
         for cluster in range(cost_NK.shape[1]):
             price_K[cluster] = _price(cost_NK, price_K, cluster, low, high)
@@ -69,8 +70,8 @@ def _price(cost_NK: Tensor, price_K: Tensor, cluster: int, low: int, high: int) 
 
 def _moved(cost_NK: Tensor, label_N: Tensor, low: int, high: int) -> Tensor:
     """Points moved one by one, each time the cheapest, out of a cluster that is too large or into one too small."""
-    clusters = cost_NK.shape[1]
-    while not _fits(label_N, clusters, low, high):
+    clusters, free_K = cost_NK.shape[1], cost_NK.new_zeros(cost_NK.shape[1])
+    while not _fits(label_N, free_K, low, high):
         count_K = label_N.bincount(minlength=clusters)
         if count_K.max() > high:
             gives_K, takes_K = count_K == count_K.max(), count_K < high
@@ -83,9 +84,11 @@ def _moved(cost_NK: Tensor, label_N: Tensor, low: int, high: int) -> Tensor:
     return label_N
 
 
-def _fits(label_N: Tensor, clusters: int, low: int, high: int) -> bool:
-    count_K = label_N.bincount(minlength=clusters)
-    return bool(((low <= count_K) & (count_K <= high)).all())
+def _fits(label_N: Tensor, price_K: Tensor, low: int, high: int) -> bool:
+    """Whether every size is allowed, and every price needed: above 0 for a full cluster only, below for a least one."""
+    count_K = label_N.bincount(minlength=len(price_K))
+    least_K, most_K = torch.where(price_K > 0, high, low), torch.where(price_K < 0, low, high)
+    return bool(((least_K <= count_K) & (count_K <= most_K)).all())
 
 
 def _distances(x_ND: Tensor, centroid_KD: Tensor) -> Tensor:

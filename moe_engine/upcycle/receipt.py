@@ -1,5 +1,7 @@
 """An upcycled model against its parent on the same tokens: how far the logits are apart, and what theory says of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -31,20 +33,25 @@ class Receipt(NamedTuple):
 @torch.no_grad()
 def receipt(parent: Transformer, child: Transformer, tokens_BS: Tensor, expected: Expected = UNSTATED) -> Receipt:
     """Both on tokens_BS (int64) in fp32 and without router noise, one sequence at a time; on one rank."""
-    models = [_still(model) for model in (parent, child)]
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
     worst, total, agree, largest, elements = 0.0, 0.0, 0, 0.0, 0
-    for tokens_S in tokens_BS:
-        theirs, ours = (model.logits(tokens_S.unsqueeze(0), positions_BS) for model in models)
-        difference = (ours - theirs).abs()
-        worst, largest = max(worst, float(difference.max())), max(largest, float(theirs.abs().max()))
-        total, elements = total + float(difference.double().sum()), elements + difference.numel()
-        agree += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
+    with _still(parent) as before, _still(child) as after:
+        for tokens_S in tokens_BS:
+            theirs, ours = (model.logits(tokens_S.unsqueeze(0), positions_BS) for model in (before, after))
+            difference = (ours - theirs).abs()
+            worst, largest = max(worst, float(difference.max())), max(largest, float(theirs.abs().max()))
+            total, elements = total + float(difference.double().sum()), elements + difference.numel()
+            agree += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
     return Receipt(worst, total / elements, agree / tokens_BS.numel(), largest, *expected)
 
 
-def _still(model: Transformer) -> Transformer:
-    """The model in evaluation mode and fp32; a copy where that changes it."""
-    if model.training or any(p.dtype != torch.float32 for p in model.parameters()):
-        model = deepcopy(model).float().eval()
-    return model
+@contextmanager
+def _still(model: Transformer) -> Iterator[Transformer]:
+    """The model in evaluation mode and fp32: itself, put back afterwards, or a copy if it has another dtype."""
+    trains = model.training
+    wide = model if all(p.dtype == torch.float32 for p in model.parameters()) else deepcopy(model).float()
+    wide.eval()
+    try:
+        yield wide
+    finally:
+        wide.train(trains)
