@@ -64,14 +64,13 @@ def import_(options: argparse.Namespace) -> int:
     """Folder -> checkpoint."""
     from moe_engine.checkpoint.hf.folder import HfFolder
     from moe_engine.checkpoint.hf.read import read_hf
-    from moe_engine.checkpoint.hf.write import digest_of_all
 
     folder = HfFolder(options.hf)
     total = sum(entry.nbytes for entry in folder.entries.values())
     with bar(total, "import") as beat:
         written = read_hf(folder, options.out, beat)
     print(f"{folder.family}, {folder.layout}: {summary(written)}")
-    print(f"hash of all tensors {digest_of_all(written.tensors)}")
+    print(f"hash of all tensors {written.digest()}")
     print(f"wrote {options.out}; start from it with --init-from {options.out}")
     return 0
 
@@ -79,13 +78,12 @@ def import_(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     """Checkpoint -> folder."""
     from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
-    from moe_engine.checkpoint.hf.write import digest_of_all
 
     wishes = Wishes(options.family, options.expert_layout, options.dtype, options.hf_version, options.shard_gb)
     with bar(None, "export") as beat:
         target, written = export_checkpoint(options.checkpoint, options.out, wishes, beat)
     print(f"{target.family}, {target.layout}: {summary(written)}")
-    print(f"hash of all tensors {digest_of_all(written.tensors)}")
+    print(f"hash of all tensors {written.digest()}")
     print(f"wrote {options.out}")
     return 0
 

@@ -1,7 +1,6 @@
 """A checkpoint, imported or of a run, to a Hugging Face folder: what is written when nobody says otherwise."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +9,10 @@ import torch
 from moe_engine.checkpoint.hf.carried import of_checkpoint
 from moe_engine.checkpoint.hf.families import TABLES
 from moe_engine.checkpoint.hf.folder import CONFIG
-from moe_engine.checkpoint.hf.write import Target, Written, refuse_biases, write_hf
+from moe_engine.checkpoint.hf.write import Target, refuse_biases, write_hf
 from moe_engine.checkpoint.manifest import NAME, problems_of
 from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.weights_only import Beat, Written
 from moe_engine.config import Model
 from moe_engine.config_hf import FAMILIES, dtype_of, family_of
 from moe_engine.errors import ConfigError, DataError
@@ -46,9 +46,7 @@ def check_exportable(model: Model, out: Path) -> None:
         raise ConfigError(f"--export-hf {out} exists; remove it or choose another name")
 
 
-def export_checkpoint(
-    folder: Path, out: Path, wishes: Wishes, beat: Callable[[int], Any] = lambda n: None
-) -> tuple[Target, Written]:
+def export_checkpoint(folder: Path, out: Path, wishes: Wishes, beat: Beat = lambda n: None) -> tuple[Target, Written]:
     """Write `out` from a checkpoint; see write_hf."""
     reader, model = open_checkpoint(folder)
     target = target_of(reader.manifest, model, of_checkpoint(folder), wishes)

@@ -1,28 +1,15 @@
 """A Hugging Face folder into a checkpoint of the engine: the same tensors, in files of the same size, with a manifest.
 
-    model-00003-of-00008.safetensors -> rank-00002.safetensors      keys master/0/layers.4.ffn.experts.w_gate_up, ...
-
-Nothing is cast and nothing is put together: each tensor stays the piece of a weight that it was, so that a run of any
-layout reads its own elements, and what is exported again has the same bits.
+model-00003-of-00008.safetensors -> rank-00002.safetensors      keys master/0/layers.4.ffn.experts.w_gate_up, ...
 """
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import moe_engine
-from moe_engine.checkpoint import disk
 from moe_engine.checkpoint.hf.carried import side_files
 from moe_engine.checkpoint.hf.folder import HfFolder
-from moe_engine.checkpoint.hf.write import Written, hash_of, write_bytes
-from moe_engine.checkpoint.manifest import write_manifest
-from moe_engine.checkpoint.partial import Partial
-from moe_engine.checkpoint.pieces import Piece
-from moe_engine.checkpoint.reader import rank_file
-from moe_engine.checkpoint.shard import Digest, Entry, stream_shard
+from moe_engine.checkpoint.pieces import Piece, volume
+from moe_engine.checkpoint.weights_only import Beat, Written, write_weights
 
 
 def identity_of(folder: HfFolder) -> dict[str, Any]:
@@ -31,58 +18,13 @@ def identity_of(folder: HfFolder) -> dict[str, Any]:
     return {"config": folder.config, "files": {n: [s.st_size, s.st_mtime_ns] for n, s in sorted(files.items())}}
 
 
-def read_hf(folder: HfFolder, out: Path, beat: Callable[[int], Any] = lambda n: None) -> Written:
-    """Write the checkpoint `out`, which must not exist; an interrupted one is gone on with.
-
-    beat: told of the bytes of each tensor.
-    """
-    partial = Partial(out, identity_of(folder))
-    entries = {name: folder.entries[name] for name in folder.places}
-    total = sum(entry.nbytes for entry in entries.values())
-    disk.require_space(partial.folder, total)
-
-    def make(names: list[str]) -> Callable[[Path], tuple[Digest, dict[str, str]]]:
-        def write(path: Path) -> tuple[Digest, dict[str, str]]:
-            pieces, named, hashes = [], {}, {}
-            for i, name in enumerate(names):
-                place = folder.places[name]
-                entry = Entry(entries[name].dtype, (torch.Size(entries[name].shape).numel(),))
-                pieces.append(Piece(place.weight, place.box, 0, entry.shape[0]))
-                named[f"master/{i}/{place.weight}"] = name, entry
-
-            def tensor_of(key: str) -> torch.Tensor:
-                name = named[key][0]
-                tensor = folder.file(folder.files[name]).get_tensor(name)
-                hashes[name] = hash_of(tensor)
-                beat(tensor.nbytes)
-                return tensor.reshape(-1)
-
-            metadata = {"pieces": json.dumps(pieces)}
-            return stream_shard(path, {key: entry for key, (_, entry) in named.items()}, tensor_of, metadata), hashes
-
-        return write
-
-    files = sorted({folder.files[name] for name in folder.places})
-    for number, file in enumerate(files):
+def read_hf(folder: HfFolder, out: Path, beat: Beat = lambda n: None) -> Written:
+    """Write the checkpoint `out`, which must not exist; an interrupted one is gone on with."""
+    files = []
+    for file in sorted({folder.files[name] for name in folder.places}):
         names = [name for name in folder.places if folder.files[name] == file]
-        if not partial.write(rank_file(number), make(names)):
-            beat(sum(entries[name].nbytes for name in names))
-    for name, content in side_files(folder.folder).items():
-        partial.write(name, lambda path, content=content: (write_bytes(path, content), {}))
-    write_manifest(
-        partial.folder,
-        {
-            "step": 0,
-            "tokens": 0,
-            "adam_steps": 0,
-            "layout": {"dp": 1, "ep": 1, "tp": 1, "zero": 0},
-            "run": {"model": folder.model.model_dump(mode="json")},
-            "data": None,
-            "hf": {"family": folder.family, "layout": folder.layout},
-            "versions": {"moe_engine": moe_engine.__version__, "torch": torch.__version__},
-            "weights": {name: list(shape) for name, shape in folder.shapes.items()},
-            "files": {name: record["digest"] for name, record in partial.files.items()},
-        },
-    )
-    partial.publish()
-    return Written(partial.tensors(), total)
+        places = [folder.places[name] for name in names]
+        pieces = [Piece(place.weight, place.box, 0, volume(place.box)) for place in places]
+        files.append(dict(zip(names, pieces, strict=True)))
+    came = {"family": folder.family, "layout": folder.layout}
+    return write_weights(folder, folder.model, files, side_files(folder.folder), came, out, identity_of(folder), beat)

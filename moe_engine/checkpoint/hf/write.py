@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import xxhash
 from torch import Tensor
 
 from moe_engine.checkpoint import disk
@@ -20,8 +19,8 @@ from moe_engine.checkpoint.hf.families import TABLES
 from moe_engine.checkpoint.hf.folder import CONFIG, INDEX, SINGLE
 from moe_engine.checkpoint.hf.table import Place, places
 from moe_engine.checkpoint.partial import Partial
-from moe_engine.checkpoint.shard import Digest, Entry, Hasher, stream_shard
-from moe_engine.checkpoint.source import Source
+from moe_engine.checkpoint.shard import Digest, Entry, stream_shard
+from moe_engine.checkpoint.weights_only import Beat, Weights, Written, hash_of, write_bytes
 from moe_engine.config import Model
 from moe_engine.config_hf import FAMILIES, dtype_of, model_from_hf, model_to_hf, spelling_of
 from moe_engine.errors import ConfigError, DataError
@@ -41,15 +40,8 @@ class Target(NamedTuple):
     shard_bytes: int = SHARD_BYTES
 
 
-class Written(NamedTuple):
-    """tensors: hash of each. bytes: of all tensors."""
-
-    tensors: dict[str, str]
-    bytes: int
-
-
 def write_hf(
-    source: Source, model: Model, target: Target, out: Path, identity: Any, beat: Callable[[int], Any] = lambda n: None
+    source: Weights, model: Model, target: Target, out: Path, identity: Any, beat: Beat = lambda n: None
 ) -> Written:
     """Write `out`, which must not exist. identity: JSON of what `source` is, by which an interrupted run goes on.
 
@@ -101,7 +93,7 @@ def write_hf(
     return Written(partial.tensors(), total)
 
 
-def read(source: Source, place: Place, entry: Entry, scale: float) -> Tensor:
+def read(source: Weights, place: Place, entry: Entry, scale: float) -> Tensor:
     """One tensor as it will lie on disk."""
     if scale != 1.0 and place.weight.endswith("experts.w_down"):
         return (source.part(place.weight, place.box, torch.float32) * scale).to(entry.dtype).view(entry.shape)
@@ -149,22 +141,3 @@ def cut(entries: Mapping[str, Entry], shard_bytes: int) -> dict[str, list[str]]:
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
-
-
-def hash_of(tensor: Tensor) -> str:
-    """xxh3 (128 bits) of the bytes of a tensor, with its dtype and shape."""
-    flat = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
-    return f"{xxhash.xxh3_128(flat).hexdigest()} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def digest_of_all(tensors: Mapping[str, str]) -> str:
-    """One hash of all tensors by name, whatever files they lie in."""
-    return xxhash.xxh3_128("\n".join(f"{name} {tensors[name]}" for name in sorted(tensors)).encode()).hexdigest()
-
-
-def write_bytes(path: Path, content: bytes) -> Digest:
-    """Write and sync a small file."""
-    hasher = Hasher()
-    hasher.update(content)
-    disk.write_file(path, [content])
-    return hasher.digest()

@@ -1,0 +1,132 @@
+"""A checkpoint that holds weights and no training state: what an imported or upcycled model is, before any step.
+
+Nothing is cast and nothing is put together: each tensor stays the piece of a weight that it was, so that a run of any
+layout reads its own elements, and what is exported again has the same bits. Such a checkpoint is started from
+(`--init-from`), and not resumed.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import xxhash
+from torch import Tensor
+
+import moe_engine
+from moe_engine.checkpoint import disk
+from moe_engine.checkpoint.manifest import write_manifest
+from moe_engine.checkpoint.partial import Partial
+from moe_engine.checkpoint.pieces import Box, Piece, volume
+from moe_engine.checkpoint.reader import rank_file
+from moe_engine.checkpoint.shard import Digest, Entry, Hasher, stream_shard
+from moe_engine.config import Model
+
+
+class Weights(Protocol):
+    """Where weights come from: a checkpoint, a folder, or a computation. shapes: name -> whole shape."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def part(self, name: str, box: Box, dtype: torch.dtype | None = None) -> Tensor:
+        """The elements of a box of one weight, in their own dtype or in `dtype`."""
+        ...
+
+    def dtype(self, name: str, box: Box) -> torch.dtype:
+        """The dtype of a box of one weight."""
+        ...
+
+
+class Written(NamedTuple):
+    """tensors: hash of each. bytes: of all tensors."""
+
+    tensors: dict[str, str]
+    bytes: int
+
+    def digest(self) -> str:
+        """One hash of all tensors by name, whatever files they lie in."""
+        lines = (f"{name} {self.tensors[name]}" for name in sorted(self.tensors))
+        return xxhash.xxh3_128("\n".join(lines).encode()).hexdigest()
+
+
+Beat = Callable[[int], Any]  # told of the bytes of each tensor
+
+
+def write_weights(
+    source: Weights,
+    model: Model,
+    files: Sequence[Mapping[str, Piece]],
+    side: Mapping[str, bytes],
+    came: Mapping[str, str],
+    out: Path,
+    identity: Any,
+    beat: Beat = lambda n: None,
+) -> Written:
+    """Write the checkpoint `out`, which must not exist; an interrupted one of the same `identity` is gone on with.
+
+    files: for each file the pieces of weights in it, whole boxes, under the names that their hashes are kept by.
+    side: files that go along. came: "family" and "layout" of the Hugging Face folder, if any.
+    """
+    partial = Partial(out, identity)
+    sizes = [{name: source.dtype(p.name, p.box).itemsize * p.length for name, p in file.items()} for file in files]
+    disk.require_space(partial.folder, sum(sum(each.values()) for each in sizes))
+    for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
+        if not partial.write(rank_file(number), _maker(source, file, beat)):
+            beat(sum(size.values()))
+    for name, content in side.items():
+        partial.write(name, lambda path, content=content: (write_bytes(path, content), {}))
+    write_manifest(
+        partial.folder,
+        {
+            "step": 0,
+            "tokens": 0,
+            "adam_steps": 0,
+            "layout": {"dp": 1, "ep": 1, "tp": 1, "zero": 0},
+            "run": {"model": model.model_dump(mode="json")},
+            "data": None,
+            "hf": dict(came),
+            "versions": {"moe_engine": moe_engine.__version__, "torch": torch.__version__},
+            "weights": {name: list(shape) for name, shape in source.shapes.items()},
+            "files": {name: record["digest"] for name, record in partial.files.items()},
+        },
+    )
+    partial.publish()
+    return Written(partial.tensors(), sum(sum(each.values()) for each in sizes))
+
+
+def _maker(source: Weights, pieces: Mapping[str, Piece], beat: Beat) -> Callable[[Path], tuple[Digest, dict[str, str]]]:
+    def write(path: Path) -> tuple[Digest, dict[str, str]]:
+        hashes: dict[str, str] = {}
+        keys = {f"master/{i}/{piece.name}": name for i, (name, piece) in enumerate(pieces.items())}
+        entries = {}
+        for key, piece in zip(keys, pieces.values(), strict=True):
+            entries[key] = Entry(source.dtype(piece.name, piece.box), (piece.length,))
+
+        def tensor_of(key: str) -> Tensor:
+            piece = pieces[keys[key]]
+            assert piece.length == volume(piece.box), piece
+            tensor = source.part(piece.name, piece.box)
+            hashes[keys[key]] = hash_of(tensor)
+            beat(tensor.nbytes)
+            return tensor.view(-1)
+
+        metadata = {"pieces": json.dumps(list(pieces.values()))}
+        return stream_shard(path, entries, tensor_of, metadata), hashes
+
+    return write
+
+
+def hash_of(tensor: Tensor) -> str:
+    """xxh3 (128 bits) of the bytes of a tensor, with its dtype."""
+    flat = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+    return f"{xxhash.xxh3_128(flat).hexdigest()} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def write_bytes(path: Path, content: bytes) -> Digest:
+    """Write and sync a small file."""
+    hasher = Hasher()
+    hasher.update(content)
+    disk.write_file(path, [content])
+    return hasher.digest()
