@@ -103,6 +103,11 @@ class Model(Section):
     router_z_loss_coef: NonNegative = 0.0
     expert_bias_update_rate: NonNegative = 0.0  # 0: no expert bias
 
+    num_attention_experts: Count = 0  # each a kv head with its query heads; 0: dense attention
+    num_attention_experts_per_tok: Size = 2
+    attention_moe_layers: Literal["all"] | tuple[Count, ...] = "all"
+    attention_scaling_factor: Positive = 1.0  # multiplies the attention experts' output
+
     def is_moe(self, layer: int) -> bool:
         """Whether decoder layer `layer` (from 0) holds experts."""
         return self.num_local_experts > 0 and (self.moe_layers == "all" or layer in self.moe_layers)
@@ -111,6 +116,36 @@ class Model(Section):
     def num_moe_layers(self) -> int:
         """Number of decoder layers that hold experts."""
         return sum(self.is_moe(layer) for layer in range(self.num_hidden_layers))
+
+    def is_attention_moe(self, layer: int) -> bool:
+        """Whether the attention of decoder layer `layer` (from 0) is made of experts."""
+        return self.num_attention_experts > 0 and (
+            self.attention_moe_layers == "all" or layer in self.attention_moe_layers
+        )
+
+    @property
+    def num_attention_moe_layers(self) -> int:
+        """Number of decoder layers whose attention is made of experts."""
+        return sum(self.is_attention_moe(layer) for layer in range(self.num_hidden_layers))
+
+    @property
+    def router_columns(self) -> int:
+        """Experts of the widest router, feed-forward or attention."""
+        attention = self.num_attention_experts if self.num_attention_moe_layers else 0
+        return max(self.num_local_experts, attention)
+
+    def attention_routing(self) -> "Model":
+        """The same model, its routing keys those of the attention routers: dropless, renormalised, without a bias."""
+        return self.model_copy(
+            update={
+                "num_local_experts": self.num_attention_experts,
+                "num_experts_per_tok": self.num_attention_experts_per_tok,
+                "routed_scaling_factor": self.attention_scaling_factor,
+                "norm_topk_prob": True,
+                "capacity_factor": None,
+                "expert_bias_update_rate": 0.0,
+            }
+        )
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> "Model":
@@ -128,17 +163,38 @@ class Model(Section):
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than num_local_experts {experts}: "
                 f"valid are 1 to {experts}"
             )
-        if self.moe_layers != "all":
-            if len(set(self.moe_layers)) < len(self.moe_layers):
-                problems.append(f"moe_layers {list(self.moe_layers)} names a layer twice")
-            if max(self.moe_layers, default=0) >= self.num_hidden_layers:
+        problems += self._attention_problems() if self.num_attention_experts else []
+        for key, layers in (("moe_layers", self.moe_layers), ("attention_moe_layers", self.attention_moe_layers)):
+            if isinstance(layers, str):  # all
+                continue
+            if len(set(layers)) < len(layers):
+                problems.append(f"{key} {list(layers)} names a layer twice")
+            if max(layers, default=0) >= self.num_hidden_layers:
                 problems.append(
-                    f"moe_layers {list(self.moe_layers)} names a layer past the last: "
-                    f"valid are 0 to {self.num_hidden_layers - 1}"
+                    f"{key} {list(layers)} names a layer past the last: valid are 0 to {self.num_hidden_layers - 1}"
                 )
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _attention_problems(self) -> list[str]:
+        """What keeps the attention experts from being made of whole heads."""
+        heads, groups, experts = self.num_attention_heads, self.num_key_value_heads, self.num_attention_experts
+        problems = []
+        if heads % experts or experts % groups:
+            valid = ", ".join(str(d) for d in divisors(heads) if d % groups == 0) or "none"
+            problems.append(
+                f"num_attention_experts {experts} must divide {heads} attention heads and be a multiple of {groups} "
+                f"key-value heads: valid are {valid}"
+            )
+        if self.num_attention_experts_per_tok > experts:
+            problems.append(
+                f"num_attention_experts_per_tok {self.num_attention_experts_per_tok} is more than "
+                f"num_attention_experts {experts}: valid are 1 to {experts}"
+            )
+        if self.qk_norm == "projection":
+            problems.append("qk_norm projection takes the mean over all heads: with attention experts use head or none")
+        return problems
 
 
 class Parallel(Section):
@@ -152,6 +208,7 @@ class Parallel(Section):
     ep: Size = 1
     tp: Size = 1
     zero: Annotated[int, Field(ge=0, le=3)] = 2
+    replicate_attention_experts: bool = False  # whole on every ep rank: none of their rows travels over ep
     offload_optimizer: bool = False  # optimizer states live in host memory
     overlap_comm: bool = True
     reduce_bucket_size: Size = 50_000_000  # elements

@@ -6,7 +6,9 @@
 A refused layout is answered with the valid values, before any process group exists.
 """
 
-from moe_engine.config import Model, Run, divisors
+import math
+
+from moe_engine.config import Run, divisors
 from moe_engine.config_report import refuse
 
 
@@ -18,13 +20,13 @@ def check_layout(run: Run, world_size: int) -> None:
 
 def layout_problems(run: Run, world_size: int) -> list[str]:
     """What keeps `run` from working on `world_size` ranks, one line each; empty when nothing does."""
-    model, parallel = run.model, run.parallel
-    tp_sizes = tp_must_divide(run)
-    ok_ep = sorted(set(divisors(experts_to_cut(model))) & set(divisors(world_size)))
+    parallel, tp_sizes = run.parallel, tp_must_divide(run)
+    ok_ep = sorted(set(divisors(math.gcd(*experts_to_cut(run).values()) or 1)) & set(divisors(world_size)))
     ok_tp = [tp for tp in divisors(world_size) if all(size % tp == 0 for size in tp_sizes.values())]
     problems = []
     if parallel.ep not in ok_ep:
-        what = f"num_local_experts {model.num_local_experts}" if model.num_moe_layers else "1 (no layer has experts)"
+        cut = [f"{name} {size}" for name, size in experts_to_cut(run).items()]
+        what = " and of ".join(cut) or "1 (no layer has experts)"
         fits = [ep for ep in ok_ep if world_size % (ep * parallel.tp) == 0] if parallel.tp in ok_tp else ok_ep
         problems.append(
             f"parallel.ep: found {parallel.ep}, expected a divisor of {what} and of the {world_size} ranks: "
@@ -64,20 +66,29 @@ def product_problem(run: Run, world_size: int, ok_ep: list[int], ok_tp: list[int
     return f"{line}valid ep x tp are {', '.join(pairs[:24])}{', ...' if len(pairs) > 24 else ''}"
 
 
-def experts_to_cut(model: Model) -> int:
-    """Experts that ep cuts: 1 when no layer holds any."""
-    return model.num_local_experts if model.num_moe_layers else 1
+def experts_to_cut(run: Run) -> dict[str, int]:
+    """Name and number of the experts that ep cuts; none when no layer holds any."""
+    model, counts = run.model, {}
+    if model.num_moe_layers:
+        counts["num_local_experts"] = model.num_local_experts
+    if model.num_attention_moe_layers and not run.parallel.replicate_attention_experts:
+        counts["num_attention_experts"] = model.num_attention_experts
+    return counts
 
 
 def tp_must_divide(run: Run) -> dict[str, int]:
     """Name and size of everything that tp cuts."""
     model, train = run.model, run.train
     sizes = {
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_key_value_heads,
         "vocab_size": model.vocab_size,
         "micro_batch * seq_length": train.micro_batch * train.seq_length,
     }
+    if model.num_attention_moe_layers < model.num_hidden_layers:
+        sizes["num_attention_heads"] = model.num_attention_heads
+        sizes["num_key_value_heads"] = model.num_key_value_heads
+    if model.num_attention_moe_layers:
+        each = model.num_attention_heads // model.num_attention_experts
+        sizes["num_attention_heads / num_attention_experts"] = each
     if model.num_moe_layers < model.num_hidden_layers:
         sizes["intermediate_size"] = model.intermediate_size
     if model.num_moe_layers:
@@ -160,18 +171,24 @@ def differs_from_default(run: Run, dotted: str) -> bool:
 
 ROUTING_KEYS = (
     "num_experts_per_tok moe_intermediate_size shared_intermediate_size norm_topk_prob routed_scaling_factor "
-    "capacity_factor router_jitter_noise router_aux_loss router_aux_loss_coef router_z_loss_coef "
-    "expert_bias_update_rate"
+    "capacity_factor expert_bias_update_rate"
 ).split()
+ATTENTION_KEYS = "num_attention_experts_per_tok attention_scaling_factor".split()
+ROUTER_KEYS = "router_jitter_noise router_aux_loss router_aux_loss_coef router_z_loss_coef".split()
 
 
 def without_effect(run: Run, given: set[str]) -> list[str]:
     """Warnings on settings that change nothing, among the dotted keys that the user wrote (`given`)."""
     model, parallel, train, data = run.model, run.parallel, run.train, run.data
-    top_k, dense = model.num_experts_per_tok, not model.num_moe_layers
+    top_k, dense, routed = model.num_experts_per_tok, not model.num_moe_layers, model.num_attention_moe_layers
     roomy = max(1, model.num_local_experts) / top_k
     rules = [
         *((f"model.{key}", dense, "no layer has experts") for key in ROUTING_KEYS),
+        *((f"model.{key}", not routed, "no layer has attention experts") for key in ATTENTION_KEYS),
+        *((f"model.{key}", dense and not routed, "no layer has experts") for key in ROUTER_KEYS),
+        ("model.num_attention_experts", not routed, "attention_moe_layers names no layer"),
+        ("model.attention_moe_layers", not model.num_attention_experts, "num_attention_experts is 0"),
+        ("parallel.replicate_attention_experts", not routed or parallel.ep == 1, "ep cuts no attention experts"),
         ("model.capacity_factor", (model.capacity_factor or 0) >= roomy, f"from {roomy:g} upwards no token is dropped"),
         ("model.router_aux_loss_coef", model.router_aux_loss == "none", "router_aux_loss is none"),
         ("model.router_aux_loss", model.router_aux_loss_coef == 0, "router_aux_loss_coef is 0"),

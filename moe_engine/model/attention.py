@@ -22,11 +22,14 @@ from moe_engine.parallel.mesh import Axis, Mesh
 
 
 class Places(NamedTuple):
-    """What attention knows of a micro-batch: cos, sin [B, 1, S, C]; bias [B, 1, S, S], 0 or -inf, or None = causal."""
+    """What attention knows of a micro-batch: cos, sin [B, 1, S, C]; bias [B, 1, S, S], 0 or -inf, or None = causal;
+    and what they were made of, positions int64 and rotary frequencies [C/2]."""
 
     cos: Tensor
     sin: Tensor
     bias: Tensor | None
+    positions_BS: Tensor
+    inverse_frequency: Tensor
 
 
 def inverse_frequencies(config: Model) -> Tensor:
@@ -44,27 +47,29 @@ def inverse_frequencies(config: Model) -> Tensor:
 
 def places(positions_BS: Tensor, inverse_frequency: Tensor, dtype: torch.dtype) -> Places:
     """Rotation tables and the bias of one micro-batch, made once for all layers; None when no document ends inside."""
-    angle = positions_BS.unsqueeze(-1).float() * inverse_frequency
-    angle = torch.cat([angle, angle], dim=-1).unsqueeze(1)
-    mask = document_mask(positions_BS)
-    bias = None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
-    return Places(angle.cos().to(dtype), angle.sin().to(dtype), bias)
-
-
-def document_mask(positions_BS: Tensor) -> Tensor | None:
-    """True where a query may see a key: not later, and of the same document. None if no document starts inside."""
+    cos, sin = turns(positions_BS.unsqueeze(1), inverse_frequency, dtype)
     starts_BS = positions_BS == 0
-    if not bool(starts_BS[:, 1:].any()):
-        return None
-    document_BS = starts_BS.cumsum(1)
-    same = document_BS.unsqueeze(2) == document_BS.unsqueeze(1)
-    return same.tril().unsqueeze(1)
+    bias = document_bias(starts_BS.cumsum(1), dtype) if bool(starts_BS[:, 1:].any()) else None
+    return Places(cos, sin, bias, positions_BS, inverse_frequency)
 
 
-def rotate(x_BHSC: Tensor, at: Places) -> Tensor:
-    """Rotary embedding: pairs are (i, i + C/2)."""
-    first, second = x_BHSC.chunk(2, dim=-1)
-    return x_BHSC * at.cos + torch.cat([-second, first], dim=-1) * at.sin
+def turns(positions: Tensor, inverse_frequency: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [.., C] of positions[..]."""
+    angle = positions.unsqueeze(-1).float() * inverse_frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def document_bias(document_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, S, S]: 0 where a query may see a key, not later and of the same document, -inf elsewhere."""
+    same = (document_BS.unsqueeze(2) == document_BS.unsqueeze(1)).tril().unsqueeze(1)
+    return torch.zeros_like(same, dtype=dtype).masked_fill_(~same, -math.inf)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x[.., C]: pairs are (i, i + C/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def head_norm(config: Model, heads: int, tp: Axis) -> nn.Module:
@@ -95,7 +100,12 @@ class Attention(nn.Module):
         q, k, v = (p(h_TD).view(sequences, length, -1, self.head_dim) for p in (self.q, self.k, self.v))
         q, k, v = (x.transpose(1, 2) for x in (self.q_norm(q), self.k_norm(k), v))
         a_BHSC = F.scaled_dot_product_attention(
-            rotate(q, at), rotate(k, at), v, attn_mask=at.bias, is_causal=at.bias is None, enable_gqa=True
+            rotate(q, at.cos, at.sin),
+            rotate(k, at.cos, at.sin),
+            v,
+            attn_mask=at.bias,
+            is_causal=at.bias is None,
+            enable_gqa=True,
         )
         a_TD = a_BHSC.transpose(1, 2).reshape(sequences * length, -1)
         return reduce_scatter(self.o(a_TD), self.tp)

@@ -28,7 +28,7 @@ from moe_engine.model.mlp import DenseMLP
 from moe_engine.model.router_losses import pack_stats
 from moe_engine.ops import experts, permute, router_logits, router_topk, sort_by_expert, unpermute
 from moe_engine.parallel.collectives import copy_to, reduce_from
-from moe_engine.parallel.dispatch import Route, Table, combine, dispatch
+from moe_engine.parallel.dispatch import Flight, Route, Table, combine, dispatch
 from moe_engine.parallel.mesh import Axis, Mesh
 from moe_engine.parallel.weight import weight
 
@@ -118,6 +118,18 @@ class Home(NamedTuple):
     tp: Axis
 
 
+def depart(
+    x_TD: Tensor, columns_TKX: Tensor, index_TK: Tensor, num_experts: int, ep: Axis, tp: Axis
+) -> tuple[Flight, Home]:
+    """Each token to its experts index_TK, as rows that carry their columns_TKX (fp32; the first is the weight)."""
+    counts_E, assignment_of_row_R, row_of_TK = sort_by_expert(index_TK, num_experts)
+    table = Table(counts_E, ep, tp)
+    rows_RD = permute(x_TD, assignment_of_row_R, row_of_TK)
+    columns_RX = permute(columns_TKX.flatten(0, 1), assignment_of_row_R, row_of_TK.view(-1, 1))
+    flight = dispatch(rows_RD, columns_RX, table, ep, tp)
+    return flight, Home(flight.route, assignment_of_row_R, row_of_TK, ep, tp)
+
+
 def bring(rows_MD: Tensor, home: Home | None) -> Tensor:
     """The experts' outputs rows[M, D]{tp} to their tokens, y[T/tp, D]; on one rank they are there."""
     if home is None:
@@ -137,6 +149,7 @@ class MoE(nn.Module):
     def __init__(self, config: Model, mesh: Mesh, keep_h: bool = True):
         super().__init__()
         self.num_experts, self.ep, self.tp, self.keep_h = config.num_local_experts, mesh.ep, mesh.tp, keep_h
+        self.columns = config.router_columns
         self.router = Router(config, mesh)
         self.experts = Experts(config, mesh)
         width = config.shared_intermediate_size
@@ -159,16 +172,13 @@ class MoE(nn.Module):
         routing = self.router(x_TD)
         if self.ep.size == self.tp.size == 1:
             y_TD = self.experts(x_TD, routing.weight_TK, routing.index_TK, self.keep_h)
-            return y_TD, None, self._visit_shared(x_TD), member_BT @ pack_stats(*routing[2:])
-        counts_E, assignment_of_row_R, row_of_TK = sort_by_expert(routing.index_TK, self.num_experts)
-        table = Table(counts_E, self.ep, self.tp)
-        rows_RD = permute(x_TD, assignment_of_row_R, row_of_TK)
-        weight_R1 = permute(routing.weight_TK.view(-1, 1), assignment_of_row_R, row_of_TK.view(-1, 1))
-        flight = dispatch(rows_RD, weight_R1, table, self.ep, self.tp)
-        stats_BX = reduce_from(member_BT @ pack_stats(*routing[2:]), self.tp)
+            return y_TD, None, self._visit_shared(x_TD), member_BT @ pack_stats(*routing[2:], experts=self.columns)
+        weight_TK1 = routing.weight_TK.unsqueeze(2)
+        flight, home = depart(x_TD, weight_TK1, routing.index_TK, self.num_experts, self.ep, self.tp)
+        stats_BX = reduce_from(member_BT @ pack_stats(*routing[2:], experts=self.columns), self.tp)
         shared_TD = self._visit_shared(x_TD)
         rows_MD = self.experts(*flight.land(), self.keep_h)
-        return rows_MD, Home(flight.route, assignment_of_row_R, row_of_TK, self.ep, self.tp), shared_TD, stats_BX
+        return rows_MD, home, shared_TD, stats_BX
 
     def _visit_shared(self, x_TD: Tensor) -> Tensor | None:
         return None if self.shared is None else self.shared(x_TD)

@@ -13,13 +13,16 @@ f_e = assignments / (k * tokens) and P_e = mean probability:
     hf_mixtral       as layerwise, but f and P pooled over all layers first                 k   (transformers)
     deepspeed_top2   f_e counts first choices only                                          1   (DeepSpeed, GShard)
 
-Values are means over the MoE layers, so 1 (or k) means uniform. f carries no gradient. The names differ by constants
-and in what they balance; none is converted silently.
+Values are means over the MoE layers, so 1 (or k) means uniform; attention MoE layers, whose routers come after those of
+the feed-forward layers in N, have a mean of their own, which is added. f carries no gradient. The names differ by
+constants and in what they balance; none is converted silently.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_engine.config import Model
@@ -36,8 +39,14 @@ class RouterStats(NamedTuple):
     tokens_NB: Tensor
 
 
-def pack_stats(chosen_TK: Tensor, probs_TE: Tensor, z_T: Tensor, dropped_T: Tensor) -> Tensor:
-    """Per-token columns [T, 3E + 3] of the statistics. chosen_TK: the router's choice, before a capacity drops any."""
+def pack_stats(
+    chosen_TK: Tensor, probs_TE: Tensor, z_T: Tensor, dropped_T: Tensor, experts: int | None = None
+) -> Tensor:
+    """Per-token columns [T, 3E + 3] of the statistics. chosen_TK: the router's choice, before a capacity drops any.
+
+    experts: E of the widest router of the model, where routers differ; the columns of experts that are not are zero.
+    """
+    probs_TE = F.pad(probs_TE, (0, (experts or probs_TE.shape[1]) - probs_TE.shape[1]))
     none = torch.zeros_like(probs_TE)
     first = none.scatter(1, chosen_TK[:, :1].long(), 1.0)
     chosen = none.scatter(1, chosen_TK.long(), 1.0)
@@ -86,13 +95,40 @@ def z_loss(stats: RouterStats) -> Tensor:
     return (stats.z_NB.sum(1) / stats.tokens_NB.sum(1)).mean() if len(stats.z_NB) else stats.z_NB.new_zeros(())
 
 
+def by_kind(
+    config: Model, stats: RouterStats, load_NE: Tensor | None = None
+) -> Iterator[tuple[int, RouterStats, Tensor | None]]:
+    """k, statistics and load of the feed-forward routers, then of the attention routers where there are any."""
+    if not config.num_attention_moe_layers:
+        yield config.num_experts_per_tok, stats, load_NE
+        return
+    first = len(stats.z_NB) - config.num_attention_moe_layers
+    for k, rows, experts in (
+        (config.num_experts_per_tok, slice(0, first), config.num_local_experts),
+        (config.num_attention_experts_per_tok, slice(first, None), config.num_attention_experts),
+    ):
+        wide = (field[rows, :, :experts] for field in stats[:3])
+        part = RouterStats(*wide, *(field[rows] for field in stats[3:]))
+        yield k, part, None if load_NE is None else load_NE[rows, :experts]
+
+
+def total_balance(config: Model, name: str, stats: RouterStats, load_NE: Tensor | None = None) -> Tensor:
+    """The balancing loss of all routers of a model, a scalar: the mean of each kind of layer, added up."""
+    kinds = by_kind(config, stats, load_NE)
+    return torch.stack([balance_loss(name, part, k, load) for k, part, load in kinds]).sum()
+
+
+def total_z(config: Model, stats: RouterStats) -> Tensor:
+    """The z-loss of all routers of a model, a scalar, as in `total_balance`."""
+    return torch.stack([z_loss(part) for _, part, _ in by_kind(config, stats)]).sum()
+
+
 def router_loss(config: Model, stats: RouterStats, load_NE: Tensor | None = None) -> Tensor:
     """What one micro-batch adds to the objective per token: aux_coef * balance + z_coef * z."""
     total = stats.prob_NBE.new_zeros(())
     if config.router_aux_loss != "none" and config.router_aux_loss_coef:
-        total = total + config.router_aux_loss_coef * balance_loss(
-            config.router_aux_loss, stats, config.num_experts_per_tok, load_NE
-        )
+        balance = total_balance(config, config.router_aux_loss, stats, load_NE)
+        total = total + config.router_aux_loss_coef * balance
     if config.router_z_loss_coef:
-        total = total + config.router_z_loss_coef * z_loss(stats)
+        total = total + config.router_z_loss_coef * total_z(config, stats)
     return total

@@ -1,6 +1,6 @@
 """Dispatch and combine: rows travel to the ranks that hold their experts, and back.
 
-    rows[R, D] of this rank's tokens (T/tp of them), sorted by expert, and the weight of each
+    rows[R, D] of this rank's tokens (T/tp of them), sorted by expert, and columns[R, X] of each: its weight, ...
       all_to_all over ep    each row goes to the ep rank of its expert     rows arrive by (source rank, expert)
       all_gather over tp    every tp rank holds a slice of every expert    M = tp * (most rows of a tp rank), padded
     combine is the reverse, for rows alone; the experts' partial sums {tp} are reduce-scattered on the way back.
@@ -40,14 +40,14 @@ class Route(NamedTuple):
 
 
 class Flight:
-    """Rows on their way to the experts, with the weight of each."""
+    """Rows on their way to the experts, with the columns of each."""
 
-    def __init__(self, rows: Trip, weight: Trip, expert_M: Tensor, route: Route, tp: Axis):
-        self.rows, self.weight, self.expert_M, self.route, self.tp = rows, weight, expert_M, route, tp
+    def __init__(self, rows: Trip, columns: Trip, expert_M: Tensor, route: Route, tp: Axis):
+        self.rows, self.columns, self.expert_M, self.route, self.tp = rows, columns, expert_M, route, tp
 
     def land(self) -> tuple[Tensor, Tensor, Tensor]:
-        """rows_MD, weight_M1 and expert_M1 int32: the local expert of each row, 0 .. L-1; L marks padding."""
-        return self._on_plane(self.rows), self._on_plane(self.weight), self.expert_M.unsqueeze(1)
+        """rows_MD, columns_MX and expert_M1 int32: the local expert of each row, 0 .. L-1; L marks padding."""
+        return self._on_plane(self.rows), self._on_plane(self.columns), self.expert_M.unsqueeze(1)
 
     def _on_plane(self, trip: Trip) -> Tensor:
         rows = trip.wait()
@@ -77,10 +77,11 @@ class Table:
         return self.host
 
 
-def dispatch(rows_RD: Tensor, weight_R1: Tensor, table: Table, ep: Axis, tp: Axis) -> Flight:
+def dispatch(rows_RD: Tensor, columns_RX: Tensor, table: Table, ep: Axis, tp: Axis) -> Flight:
     """Rows leave for the experts of this ep x tp plane; `land` the flight to have those that arrive.
 
-    rows_RD: sorted by expert, weight_R1 fp32; rows past this rank's counts are dropped.
+    rows_RD: sorted by expert. columns_RX: what travels with each row in fp32, its weight first. Rows past this rank's
+    counts are dropped.
     """
     host = table.read()
     experts = host.shape[2]
@@ -89,8 +90,8 @@ def dispatch(rows_RD: Tensor, weight_R1: Tensor, table: Table, ep: Axis, tp: Axi
     recv = mine[:, tp.rank].sum(1).tolist()
     route = Route(send, recv, rows_RD.shape[0], int(mine.sum((0, 2)).max()))
     rows = start_all_to_all(rows_RD[: sum(send)], send, recv, ep)
-    weight = start_all_to_all(weight_R1[: sum(send)], send, recv, ep)
-    return Flight(rows, weight, _expert_of_row(table.here[:, :, ep.cut(experts)], route.rows_padded), route, tp)
+    columns = start_all_to_all(columns_RX[: sum(send)], send, recv, ep)
+    return Flight(rows, columns, _expert_of_row(table.here[:, :, ep.cut(experts)], route.rows_padded), route, tp)
 
 
 def combine(rows_MD: Tensor, route: Route, ep: Axis, tp: Axis) -> Tensor:

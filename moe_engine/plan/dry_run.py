@@ -11,7 +11,7 @@ from moe_engine.config_cli import Loaded
 from moe_engine.data.corpus import open_corpus
 from moe_engine.errors import DataError
 from moe_engine.model.flops import step_flops_per_token
-from moe_engine.sizes import parameter_counts, rank_parameters
+from moe_engine.sizes import heads_per_attention_expert, parameter_counts, rank_parameters
 
 
 def describe(loaded: Loaded) -> list[str]:
@@ -59,7 +59,7 @@ def corpus_lines(run: Run) -> list[str]:
 def parameter_lines(run: Run) -> list[str]:
     """Parameters in all, active for one token, and on one rank."""
     counts, rank = parameter_counts(run.model), rank_parameters(run.model, run.parallel)
-    by_part = [f"{part} {n:,}" for part, n in counts._asdict().items() if n and part != "active_experts"]
+    by_part = [f"{part} {n:,}" for part, n in counts._asdict().items() if n and not part.startswith("active")]
     return [
         f"parameters  {counts.total:,} in all, {counts.active:,} active for one token",
         f"            {', '.join(by_part)}",
@@ -76,9 +76,20 @@ def shape_lines(run: Run) -> list[str]:
     shapes = [
         ("tokens, labels, positions [B, S]", (train.micro_batch, train.seq_length)),
         ("x [T/tp, D]", (tokens // tp, model.hidden_size)),
-        ("q [B, H/tp, S, C]", (train.micro_batch, heads, train.seq_length, model.head_dim)),
-        ("k, v [B, G/tp, S, C]", (train.micro_batch, kv_heads, train.seq_length, model.head_dim)),
     ]
+    if model.num_attention_moe_layers < model.num_hidden_layers:
+        shapes += [
+            ("q [B, H/tp, S, C]", (train.micro_batch, heads, train.seq_length, model.head_dim)),
+            ("k, v [B, G/tp, S, C]", (train.micro_batch, kv_heads, train.seq_length, model.head_dim)),
+        ]
+    if model.num_attention_moe_layers:
+        experts, rows = model.num_attention_experts, tokens // tp * model.num_attention_experts_per_tok
+        each, here = heads_per_attention_expert(model), 1 if run.parallel.replicate_attention_experts else ep
+        shapes += [
+            ("attention rows sent [R, D]", (rows, model.hidden_size)),
+            ("attention w_q [A/ep, h/tp, C, D]", (experts // here, each // tp, model.head_dim, model.hidden_size)),
+            ("attention w_k, w_v [A/ep, C, D]", (experts // here, model.head_dim, model.hidden_size)),
+        ]
     if model.num_moe_layers:
         experts, width, chosen = model.num_local_experts, model.moe_intermediate_size, model.num_experts_per_tok
         rows = tokens // tp * chosen

@@ -19,14 +19,15 @@ from moe_engine.config import Model
 from moe_engine.data.loader import Batch
 from moe_engine.model.loss import IGNORE
 from moe_engine.model.moe import Router
-from moe_engine.model.router_losses import RouterStats, balance_loss, router_loss, unpack_stats, z_loss
+from moe_engine.model.router_losses import RouterStats, router_loss, total_balance, total_z, unpack_stats
 from moe_engine.parallel.collectives import gather_rows, sum_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.train.zero import StepOutcome, ZeroEngine
 
 
 class StepReport(NamedTuple):
-    """What one step measured, equal on all ranks. Losses in nats; loads are shares of assignments, per MoE layer.
+    """What one step measured, equal on all ranks. Losses in nats; loads are shares of assignments, per MoE layer,
+    and per attention MoE layer in attention_load_NE.
 
     aux_loss follows its own name's convention, aux_loss_hf is transformers' (top-k at uniform routing, layers pooled);
     both, like z_loss, are logged before their coefficients. domain_loss_D is nan for a domain without tokens.
@@ -40,6 +41,7 @@ class StepReport(NamedTuple):
     grad_norm: float
     tokens: int
     load_NE: Tensor
+    attention_load_NE: Tensor
     dropped_N: Tensor
     domain_loss_D: Tensor
     skipped: str | None  # why the step was skipped: rank and parameter
@@ -50,8 +52,8 @@ class Tally:
 
     def __init__(self, config: Model, domains: int, device: torch.device):
         self.config = config
-        layers = config.num_moe_layers
-        self.shapes = [(4,), (domains, 2), (layers, config.num_local_experts), (layers,)]
+        routers = config.num_moe_layers + config.num_attention_moe_layers
+        self.shapes = [(4,), (domains, 2), (routers, config.router_columns), (routers,)]
         sizes = [math.prod(shape) for shape in self.shapes]
         self.flat = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         parts = (part.view(shape) for part, shape in zip(self.flat.split(sizes), self.shapes, strict=True))
@@ -68,9 +70,9 @@ class Tally:
             return
         name = "micro_batch" if config.router_aux_loss == "none" else config.router_aux_loss
         values = (
-            balance_loss(name, stats, config.num_experts_per_tok, load),
-            balance_loss("hf_mixtral", stats, config.num_experts_per_tok),
-            z_loss(stats),
+            total_balance(config, name, stats, load),
+            total_balance(config, "hf_mixtral", stats),
+            total_z(config, stats),
         )
         self.scalars[1:] += share * torch.stack(values).double()
         self.count_NE += stats.count_NBE.sum(1)
@@ -82,11 +84,16 @@ class Tally:
         scalars, domain_D2, count_NE, dropped_N = (p.view(s) for p, s in zip(parts, self.shapes, strict=True))
         loss, aux, aux_hf, z = scalars.tolist()
         lm_sum, tokens = domain_D2.sum(0).tolist()
-        load_NE = count_NE / count_NE.sum(1, keepdim=True).clamp(min=1)
         domain_loss_D = domain_D2[:, 0] / domain_D2[:, 1]
         norm = outcome.grad_norm
         lm_loss = lm_sum / tokens if tokens else math.nan
-        return StepReport(loss, lm_loss, aux, aux_hf, z, norm, int(tokens), load_NE, dropped_N, domain_loss_D, skipped)
+        losses, loads = (loss, lm_loss, aux, aux_hf, z, norm, int(tokens)), self.by_kind(load_share(count_NE))
+        return StepReport(*losses, *loads, dropped_N[: self.config.num_moe_layers], domain_loss_D, skipped)
+
+    def by_kind(self, x_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the feed-forward routers and of the attention routers, each as wide as its experts."""
+        config, first = self.config, self.config.num_moe_layers
+        return x_NE[:first, : config.num_local_experts], x_NE[first:, : config.num_attention_experts]
 
 
 def train_step(
@@ -127,7 +134,7 @@ def finish(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], 
     why = why_skipped(engine, config, mesh, batches, tally, finite) if outcome.skipped else None
     report = tally.report(outcome, why)
     if config.expert_bias_update_rate and not outcome.skipped:
-        move_expert_biases(engine.routers, tally.count_NE, config.expert_bias_update_rate)
+        move_expert_biases(engine.routers, tally.by_kind(tally.count_NE)[0], config.expert_bias_update_rate)
     return report
 
 

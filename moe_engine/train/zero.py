@@ -27,7 +27,7 @@ from deepspeed.utils import groups, safe_get_full_grad
 from torch import Tensor, nn
 
 from moe_engine.config import Run
-from moe_engine.model.moe import Router
+from moe_engine.model.moe import MoE
 from moe_engine.parallel.collectives import sum_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import note_of
@@ -59,7 +59,7 @@ class ZeroEngine:
         self.model = model
         self.mesh, self.stage, self.clip = mesh, run.parallel.zero, run.optimizer.clip_grad
         self.names = {p: name for name, p in model.named_parameters()}
-        self.routers = [module for module in model.modules() if isinstance(module, Router)]
+        self.routers = [module.router for module in model.modules() if isinstance(module, MoE)]
         self.by_expert = mesh.ep.size > 1
         mpu = _tell_deepspeed_the_layout(mesh)
         for parameter in self.names:
@@ -71,7 +71,7 @@ class ZeroEngine:
             eps=run.optimizer.eps,
             fused=True,
         )
-        carrier = _Carrier(model, run.model.num_local_experts if self.by_expert else 0)
+        carrier = _Carrier(model, run.model.router_columns if self.by_expert else 0)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures
             self.engine: Any = deepspeed.initialize(
                 model=carrier,

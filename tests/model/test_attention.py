@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_engine.config import Model, RopeScaling
-from moe_engine.model.attention import document_mask, inverse_frequencies, places, rotate
+from moe_engine.model.attention import inverse_frequencies, places, rotate
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh
@@ -56,22 +56,27 @@ def test_rotation_turns_pairs_and_keeps_relative_places():
     frequency = torch.tensor([1.0, 0.3])
     q, k = torch.randn(2, 1, 1, 9, 4)
     at = places(torch.arange(9).unsqueeze(0), frequency, torch.float32)
-    turned = rotate(q, at)
+    turned = rotate(q, at.cos, at.sin)
     pair = torch.complex(q[..., 1], q[..., 3]) * torch.polar(torch.ones(9), torch.arange(9) * 0.3)
     torch.testing.assert_close(torch.complex(turned[..., 1], turned[..., 3]), pair)
     later = places(torch.arange(9).unsqueeze(0) + 100, frequency, torch.float32)
     torch.testing.assert_close(
-        rotate(q, at) @ rotate(k, at).mT, rotate(q, later) @ rotate(k, later).mT, atol=1e-4, rtol=1e-4
+        turned @ rotate(k, at.cos, at.sin).mT,
+        rotate(q, later.cos, later.sin) @ rotate(k, later.cos, later.sin).mT,
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
-def test_mask_is_none_or_block_triangular():
-    assert document_mask(torch.arange(5).expand(2, 5)) is None
-    mask = document_mask(torch.tensor([[0, 1, 0, 1, 2], [3, 4, 5, 6, 7]]))  # the second window starts inside a document
-    assert mask is not None
+def test_bias_is_none_or_block_triangular():
+    frequency = torch.ones(2)
+    assert places(torch.arange(5).expand(2, 5), frequency, torch.float32).bias is None
+    positions = torch.tensor([[0, 1, 0, 1, 2], [3, 4, 5, 6, 7]])  # the second window starts inside a document
+    bias = places(positions, frequency, torch.float32).bias
+    assert bias is not None and set(bias.flatten().tolist()) == {0.0, -math.inf}
     document = [[0, 0, 1, 1, 1], [0] * 5]
     wanted = [[[q >= k and d[q] == d[k] for k in range(5)] for q in range(5)] for d in document]
-    assert mask.squeeze(1).tolist() == wanted
+    assert (bias.squeeze(1) == 0).tolist() == wanted
 
 
 @pytest.mark.parametrize("experts", [0, 4])
@@ -109,7 +114,7 @@ def test_attention_is_grouped_query_softmax():
     q, k, v = ((p(x)).view(7, -1, 8) for p in (attention.q, attention.k, attention.v))
     heads = []
     for h in range(4):
-        turned = [rotate(m[:, i][None, None], at)[0, 0] for m, i in ((q, h), (k, h // 2))]
+        turned = [rotate(m[:, i], at.cos[0, 0], at.sin[0, 0]) for m, i in ((q, h), (k, h // 2))]
         scores = (turned[0] @ turned[1].T / 8**0.5).masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
         heads.append(F.softmax(scores, -1) @ v[:, h // 2])
     torch.testing.assert_close(attention(x, at), torch.cat(heads, -1) @ attention.o.weight.T)

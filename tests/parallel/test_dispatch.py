@@ -137,7 +137,7 @@ def test_nothing_outlives_backward():
         counts = torch.full((EXPERTS,), 2, dtype=torch.int32)
         rows = torch.randn(2 * EXPERTS, WIDTH, requires_grad=True)
         flight = dispatch(rows, torch.ones(len(rows), 1), Table(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
-        alive = [weakref.ref(flight.rows), weakref.ref(flight.weight)]
+        alive = [weakref.ref(flight.rows), weakref.ref(flight.columns)]
         landed, _, _ = flight.land()
         alive.append(weakref.ref(landed))
         y = combine(landed * 1.0, flight.route, mesh.ep, mesh.tp)

@@ -26,7 +26,7 @@ MODEL = Model(
 
 def run_of(
     dp: int = 1, ep: int = 1, tp: int = 1, *, accumulation: int = 1, model: dict[str, Any] | None = None,
-    clip: float = 0.5, precision: str = "fp32", lr: float = 1e-3, **parallel: Any,
+    clip: float = 0.5, precision: str = "fp32", lr: float = 1e-3, recompute: str = "none", **parallel: Any,
 ) -> Run:  # fmt: skip
     """A run of 16 sequences a step on dp x ep x tp ranks; clipping is active.
 
@@ -39,7 +39,7 @@ def run_of(
         optimizer=Optimizer(lr=lr, eps=1e-6, clip_grad=clip),
         train=Train(
             steps=20, seq_length=LENGTH, micro_batch=SEQUENCES // (dp * ep * accumulation), accumulation=accumulation,
-            global_batch=SEQUENCES, precision=precision,
+            global_batch=SEQUENCES, precision=precision, recompute=recompute,
         ),
     )  # fmt: skip
 
@@ -64,7 +64,7 @@ def my_batches(run: Run, mesh: Mesh, step: int) -> list[Batch]:
 
 
 def transformer_of(run: Run, mesh: Mesh) -> Transformer:
-    model = Transformer(run.model, mesh, run.train.recompute)
+    model = Transformer(run.model, mesh, run.train.recompute, run.parallel.replicate_attention_experts)
     initialise(model, 0)
     return model
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe_engine.config import Run
 from moe_engine.data.loader import Batch
-from moe_engine.model.router_losses import balance_loss, router_loss, unpack_stats
+from moe_engine.model.router_losses import router_loss, total_balance, unpack_stats
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.train.step import accumulate, evaluate, finish, train_step
@@ -57,11 +57,11 @@ def plain_steps(run: Run, steps: int) -> Iterator[Truth]:
         ]
         lm = F.cross_entropy(torch.cat([logits for logits, _, _ in outputs]), batch.labels_BS.flatten())
         loss, aux = lm, torch.zeros(())
-        if run.model.num_moe_layers:
+        if run.model.num_moe_layers + run.model.num_attention_moe_layers:
             stats = [unpack_stats(packed) for _, _, packed in outputs]
             count = sum(s.count_NBE.sum(1) for s in stats)
             load = count / count.sum(1, keepdim=True)  # type: ignore[union-attr]
-            values = [balance_loss(run.model.router_aux_loss, s, 2, load) for s in stats]
+            values = [total_balance(run.model, run.model.router_aux_loss, s, load) for s in stats]
             aux = sum(values, torch.zeros(())) / len(stats)
             loss = lm + sum((router_loss(run.model, s, load) for s in stats), torch.zeros(())) / len(stats)
         optimizer.zero_grad()
@@ -117,6 +117,31 @@ CASES: list[tuple[tuple[int, int, int], dict[str, Any]]] = [
 def test_equals_plain_pytorch(layout: tuple[int, int, int], settings: dict[str, Any]):
     """Expert gradients included: with dp 2, ep 2 dividing them by dp instead of by all data ranks would double them."""
     run = run_of(*layout, **settings)
+    run_on_ranks(lambda rank: compare(run, build_mesh(*layout)), layout[0] * layout[1] * layout[2])
+
+
+ROUTED: dict[str, Any] = {
+    "num_attention_experts": 4, "num_attention_heads": 8, "head_dim": 4, "attention_moe_layers": (0, 1),
+    "shared_intermediate_size": 16, "qk_norm": "head", "attention_scaling_factor": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings"),
+    [
+        ((1, 1, 1), {"zero": 2, "accumulation": 2, "recompute": "selective"}),
+        ((1, 4, 1), {"zero": 2, "recompute": "full"}),
+        ((1, 2, 2), {"zero": 2, "accumulation": 2, "recompute": "selective"}),
+        ((1, 2, 2), {"zero": 0, "recompute": "full"}),
+        ((2, 2, 1), {"zero": 1, "replicate_attention_experts": True}),
+        ((1, 2, 2), {"zero": 1, "replicate_attention_experts": True}),
+        ((1, 2, 1), {"zero": 2, "model": {"num_local_experts": 0, "moe_layers": "all"}}),
+        ((2, 1, 1), {"zero": 3, "model": {"num_local_experts": 0, "moe_layers": "all"}}),
+    ],
+)
+def test_attention_experts_train(layout: tuple[int, int, int], settings: dict[str, Any]):
+    """Beside feed-forward experts and without them; the gradient norm counts w_k and w_v once for all of tp."""
+    run = run_of(*layout, **settings | {"model": ROUTED | settings.get("model", {})})
     run_on_ranks(lambda rank: compare(run, build_mesh(*layout)), layout[0] * layout[1] * layout[2])
 
 
