@@ -52,9 +52,10 @@ def prompt_rows(kind: str, model: Transformer, experts: Sequence[ExpertPrompts],
 
 
 def _with_bos(model: Transformer, prompts: Sequence[Ids], bos_id: int) -> list[Tensor]:
-    """Each prompt behind one BOS, as a tensor where the model is."""
+    """Each prompt behind one BOS, its own or a new one, as a tensor where the model is."""
     device = model.embedding.weight.device
-    return [torch.tensor([bos_id, *ids[ids[0] == bos_id if ids else 0 :]], device=device) for ids in map(list, prompts)]
+    whole = [[*ids] if list(ids[:1]) == [bos_id] else [bos_id, *ids] for ids in prompts]
+    return [torch.tensor(ids, device=device) for ids in whole]
 
 
 def _last(model: Transformer, prompts: list[Tensor]) -> Tensor:

@@ -83,7 +83,7 @@ def test_drop_of_nothing_is_a_copy(compat: bool) -> None:
     assert drop.expected(options).bound and not drop.expected(Options(drop_ratio=0.1)).bound
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.33, 1.0])
+@pytest.mark.parametrize("ratio", [0.5, 0.6, 1.0])
 def test_drop_redraws_the_same_neurons_of_the_three_matrices(ratio: float) -> None:
     dense, options = random_dense(601, 96), Options(experts=6, drop_ratio=ratio)
     dense = Dense(dense.gate_FD * 0.02 + 0.3, dense.up_FD * 3 - 1, dense.down_DF * 0.5)

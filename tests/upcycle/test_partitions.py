@@ -93,11 +93,9 @@ def test_clusters_are_tighter_than_a_random_split(projection: str) -> None:
 
 def test_clusters_find_directions_whatever_the_length_of_rows() -> None:
     draw = torch.Generator().manual_seed(4)
-    direction = torch.linalg.qr(torch.randn(6, 6, generator=draw))[0]
-    label = torch.arange(30) % 6
-    dense = random_dense(30, 6)
-    length = torch.rand(30, 1, generator=draw) * 9 + 0.1
-    dense = dense._replace(gate_FD=length * (direction[label] + 0.01 * torch.randn(30, 6, generator=draw)))
+    angle = torch.arange(30) % 6 * 0.8 + 0.02 * torch.randn(30, generator=draw)
+    length = 10 ** (2 * torch.rand(30, 1, generator=draw))
+    dense = random_dense(30, 2)._replace(gate_FD=length * torch.stack([angle.cos(), angle.sin()], dim=1))
     found = clustering.clusters(0, dense, Options(experts=6))
     assert {tuple(n) for n in found.tolist()} == {tuple(range(e, 30, 6)) for e in range(6)}
 

@@ -40,15 +40,14 @@ def test_inner_takes_the_top_of_each_row() -> None:
 def test_top_gives_ties_to_the_lower_neuron() -> None:
     assert top(torch.tensor([[1.0, 2, 2, 2, 0]]), 2).tolist() == [[1, 2]]
     free = torch.tensor([True, False, True, True, True])
-    assert top(torch.tensor([[1.0, 2, 2, 2, 0]]), 3, free).tolist() == [[0, 2, 3]]
+    assert top(torch.tensor([[1.0, 2, 2, 2, 0]]), 4, free).tolist() == [[0, 2, 3, 4]]
 
 
 def test_pool_takes_what_most_experts_want_in_rounds() -> None:
-    """Round 1: all three want 0 and 1 (count 3). Round 2, without them: 2 is wanted twice. Round 3: cut at the size."""
-    score_EF = torch.tensor([[9.0, 8, 7, 1, 2, 0, 0, 0], [9, 8, 6, 0, 0, 5, 1, 0], [9, 8, 0, 0, 0, 0, 3, 2]])
-    assert shared_pool(score_EF, 2, 1).tolist() == [0]
-    assert shared_pool(score_EF, 2, 2).tolist() == [0, 1]
-    assert shared_pool(score_EF, 2, 3).tolist() == [0, 1, 2]
+    """All three want 6 and 7; without these two want 5, and the third 0 and 1; what is too much is cut at the size."""
+    score_EF = torch.tensor([[0.0, 0, 0, 1, 2, 7, 8, 9], [0, 1, 5, 0, 0, 6, 8, 9], [3, 2, 0, 0, 0, 0, 8, 9]])
+    for size in (1, 2, 3):
+        assert shared_pool(score_EF, 2, size).tolist() == [[6], [6, 7], [5, 6, 7]][size - 1]
 
 
 @pytest.mark.parametrize("method", ["sharing_inter", "residual"])
