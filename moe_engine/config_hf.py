@@ -9,7 +9,7 @@ give the same function. A router's balancing loss keeps the meaning of its coeff
 at uniform).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -42,6 +42,11 @@ ROUTING = {
     "num_experts_per_tok": "num_experts_per_tok",
     "router_aux_loss_coef": "router_aux_loss_coef",
 }
+ENDS = "num_moe_contract_layers"
+LLAMA_MOE_V2 = (
+    *(ENDS, "intermediate_size_residual", "scale_factor", "use_attn_moe", "attn_experts", "top_k_attn"),
+    *("scale_factor_attn", "use_layer_wise_balance", "moe_type", "act_rescale", "add_rescale_bias"),
+)
 IN_TRAINING_ONLY = frozenset(
     "router_aux_loss router_aux_loss_coef router_z_loss_coef router_jitter_noise capacity_factor initializer_range "
     "expert_bias_update_rate routed_scaling_factor max_position_embeddings".split()
@@ -52,13 +57,64 @@ class HfFamily(NamedTuple):
     """What a model_type says without saying it.
 
     defaults: Model keys where config.json is silent. implied: Model keys it always has. routing: Model key -> their
-    key, of what routers and experts need.
+    key, of what routers and experts need. more, read, write: keys that stand for several of ours, and the two ways.
     """
 
     architecture: str
     defaults: dict[str, Any]
     implied: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     routing: dict[str, str] = {}  # noqa: RUF012
+    more: tuple[str, ...] = ()
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    write: Callable[[Model], dict[str, Any]] = lambda model: {}
+
+
+def qwen3_moe_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every decoder_sparse_step-th layer holds experts, but for mlp_only_layers."""
+    layers, dense = config["num_hidden_layers"], config.get("mlp_only_layers") or []
+    step = config.get("decoder_sparse_step") or 1
+    count = {"num_local_experts": config.get("num_local_experts") or config.get("num_experts") or 128}
+    if not dense and step == 1:
+        return count
+    return count | {"moe_layers": [i for i in range(layers) if i not in dense and (i + 1) % step == 0]}
+
+
+def qwen3_moe_keys(model: Model) -> dict[str, Any]:
+    """The dense layers by their numbers."""
+    dense = [i for i in range(model.num_hidden_layers) if not model.is_moe(i)]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+def llama_moe_v2_experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """LLaMA-MoE-v2 (2411.15708): c dense layers at both ends, as wide as all experts; one expert that is always on."""
+    experts, width, ends = config["num_local_experts"], config["intermediate_size"], config.get(ENDS) or 0
+    always = config.get("intermediate_size_residual") or 0
+    inner = {"moe_layers": list(range(ends, config["num_hidden_layers"] - ends))} if ends else {}
+    values = inner | {"intermediate_size": experts * width + always, "shared_intermediate_size": always}
+    values["routed_scaling_factor"] = config.get("scale_factor") or experts / config["num_experts_per_tok"]
+    if not config.get("use_attn_moe"):
+        return values
+    groups = config["num_key_value_heads"]
+    return values | {
+        "num_attention_experts": config.get("attn_experts") or groups,
+        "num_attention_experts_per_tok": config["top_k_attn"],
+        "attention_scaling_factor": config.get("scale_factor_attn") or groups,
+        "attention_moe_layers": inner.get("moe_layers", "all"),
+    }
+
+
+def llama_moe_v2_keys(model: Model) -> dict[str, Any]:
+    """As its own converter writes them."""
+    keys: dict[str, Any] = {
+        ENDS: next((i for i in range(model.num_hidden_layers) if model.is_moe(i)), 0),
+        "intermediate_size_residual": model.shared_intermediate_size or None,
+        "scale_factor": model.routed_scaling_factor,
+        "use_attn_moe": model.num_attention_moe_layers > 0,
+    }
+    if model.num_attention_moe_layers:
+        keys |= {"attn_experts": model.num_attention_experts, "top_k_attn": model.num_attention_experts_per_tok}
+        keys |= {"scale_factor_attn": model.attention_scaling_factor}
+    return keys
 
 
 FAMILIES = {
@@ -96,6 +152,9 @@ FAMILIES = {
         ROUTING
         | {"num_local_experts": "num_experts", "moe_intermediate_size": "moe_intermediate_size"}
         | {"norm_topk_prob": "norm_topk_prob"},
+        ("decoder_sparse_step", "mlp_only_layers", "num_local_experts"),
+        qwen3_moe_layers,
+        qwen3_moe_keys,
     ),
     "olmoe": HfFamily(
         "OlmoeForCausalLM",
@@ -113,25 +172,40 @@ FAMILIES = {
         | {"num_local_experts": "num_experts", "moe_intermediate_size": "intermediate_size"}
         | {"norm_topk_prob": "norm_topk_prob"},
     ),
+    "llama_moe_v2": HfFamily(
+        "MixtralForCausalLM",
+        {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 131072, "router_aux_loss_coef": 0.001},
+        {"norm_topk_prob": True},
+        ROUTING | {"num_local_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        LLAMA_MOE_V2,
+        llama_moe_v2_experts,
+        llama_moe_v2_keys,
+    ),
 }
+
+
+def family_in(config: Mapping[str, Any]) -> str:
+    """The one of FAMILIES that a config.json is of. LLaMA-MoE-v2 calls itself mixtral, and has keys of its own."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        refuse([f"model_type: found {shown(kind)}, expected {', '.join(FAMILIES)}"])
+    return "llama_moe_v2" if kind == "mixtral" and ("use_attn_moe" in config or ENDS in config) else kind
 
 
 def model_from_hf(config: Mapping[str, Any]) -> Model:
     """The Model of a config.json (a dict) of one of FAMILIES; ConfigError lists every feature the engine lacks."""
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        refuse([f"model_type: found {shown(kind)}, expected {', '.join(FAMILIES)}"])
+    kind = family_in(config)
     family = FAMILIES[kind]
     problems: list[str] = []
     names = {key: key for key in SIZES + OPTIONAL} | family.routing
     values = family.defaults | {k: config[theirs] for k, theirs in names.items() if config.get(theirs) is not None}
-    if "num_experts" in names.values() and config.get("num_local_experts") is not None:
-        values["num_local_experts"] = config["num_local_experts"]  # as transformers 5 writes it
-    values |= moe_layers_from_hf(config)
+    try:
+        values |= family.read(config)
+    except (KeyError, TypeError) as error:
+        problems.append(f"{kind}: {error} is missing or no number")
     values |= family.implied | ({"router_aux_loss": "hf_mixtral"} if family.routing else {})
     values |= rope_from_hf(config, problems)
-    same = {"decoder_sparse_step", "mlp_only_layers", "num_local_experts"} if kind == "qwen3_moe" else set()
-    problems += unsupported(config, {*names.values()} | same)
+    problems += unsupported(config, {*names.values(), *family.more})
     try:
         model = Model.model_validate(values)
     except ValidationError as error:
@@ -140,18 +214,6 @@ def model_from_hf(config: Mapping[str, Any]) -> Model:
     if problems:
         refuse(problems)
     return model
-
-
-def moe_layers_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Which layers hold experts, as Qwen3-MoE says it: every decoder_sparse_step-th, and none of mlp_only_layers."""
-    layers, step, dense = (
-        config.get("num_hidden_layers"),
-        config.get("decoder_sparse_step"),
-        config.get("mlp_only_layers"),
-    )
-    if config.get("model_type") != "qwen3_moe" or not isinstance(layers, int) or not (dense or (step or 1) != 1):
-        return {}
-    return {"moe_layers": [i for i in range(layers) if i not in (dense or ()) and (i + 1) % (step or 1) == 0]}
 
 
 def rope_from_hf(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -203,20 +265,15 @@ def model_to_hf(
     gone = {"torch_dtype", "dtype", "rope_theta", "rope_scaling", "rope_parameters"}
     gone |= {"transformers_version"} if version else set()
     version = version or spelling_of(carried)
-    if carried.get("model_type") != kind:  # of the dense parent, say
+    if not carried or family_in(carried) != kind:  # of the dense parent, say
         gone |= set(carried) - NO_EFFECT - {*SIZES, *OPTIONAL, *HARMLESS}
     config = {key: value for key, value in carried.items() if key not in gone}
-    config |= {"architectures": [family.architecture], "model_type": kind, "hidden_act": "silu"}
-    config |= {key: getattr(model, key) for key in SIZES + OPTIONAL}
-    if family.routing:
-        config |= {theirs: _plain(getattr(model, key)) for key, theirs in family.routing.items()}
+    config |= written(model, kind) | {"architectures": [family.architecture], "hidden_act": "silu"}
     config |= rope_to_hf(model, version) | {"dtype" if version > 4 else "torch_dtype": dtype}
-    if kind == "mixtral":
+    if config["model_type"] == "mixtral":
         config["sliding_window"] = None
     if kind == "qwen3_moe":
-        dense = [i for i in range(model.num_hidden_layers) if not model.is_moe(i)]
-        config |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-        config.pop("num_local_experts", None)
+        config.pop("num_local_experts", None)  # num_experts says it
     if lost := differences(model, model_from_hf(config)):
         refuse(
             f"{key}: {shown(ours)} cannot be written as {kind}, which has {shown(theirs)}"
@@ -235,6 +292,14 @@ def dtype_of(config: Mapping[str, Any]) -> str | None:
     return config.get("dtype") or config.get("torch_dtype")
 
 
+def written(model: Model, kind: str) -> dict[str, Any]:
+    """The keys of sizes and routing as one of FAMILIES has them."""
+    family = FAMILIES[kind]
+    config: dict[str, Any] = {key: getattr(model, key) for key in SIZES + OPTIONAL}
+    config |= {theirs: getattr(model, key) for key, theirs in family.routing.items()}
+    return config | family.write(model) | {"model_type": "mixtral" if kind == "llama_moe_v2" else kind}
+
+
 def rope_to_hf(model: Model, version: int) -> dict[str, Any]:
     """The keys of the rotary embedding in one of the two spellings."""
     scaling = model.rope_scaling.model_dump() if model.rope_scaling else None
@@ -245,16 +310,17 @@ def rope_to_hf(model: Model, version: int) -> dict[str, Any]:
 
 def differences(ours: Model, theirs: Model) -> dict[str, tuple[Any, Any]]:
     """Keys in which two models are different functions of the same weights, with both values."""
-    sparse = ours.num_moe_layers
-    idle = set(IN_TRAINING_ONLY)
-    if sparse == ours.num_hidden_layers:
+    layers, idle = range(ours.num_hidden_layers), set[str](IN_TRAINING_ONLY)
+    if ours.num_moe_layers == len(layers):
         idle.add("intermediate_size")
-    if not sparse:
-        idle |= {"num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "num_local_experts", "moe_layers"}
-    if [ours.is_moe(i) for i in range(ours.num_hidden_layers)] == [
-        theirs.is_moe(i) for i in range(theirs.num_hidden_layers)
-    ]:
-        idle.add("moe_layers")
+    if not ours.num_moe_layers:
+        idle |= {"num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "num_local_experts"}
+        idle |= {"shared_intermediate_size"}
+    if not ours.num_attention_moe_layers:
+        idle |= {"num_attention_experts", "num_attention_experts_per_tok", "attention_scaling_factor"}
+    for key, has in (("moe_layers", Model.is_moe), ("attention_moe_layers", Model.is_attention_moe)):
+        if [has(ours, i) for i in layers] == [has(theirs, i) for i in range(theirs.num_hidden_layers)]:
+            idle.add(key)
     pairs = {key: (getattr(ours, key), getattr(theirs, key)) for key in Model.model_fields if key not in idle}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -263,9 +329,7 @@ def family_of(model: Model) -> str:
     """The model_type that holds a model; ConfigError when none does, with what stands against the nearest."""
     problems: dict[str, dict[str, tuple[Any, Any]]] = {}
     for kind in FAMILIES:
-        config = {"model_type": kind} | {key: getattr(model, key) for key in SIZES + OPTIONAL} | rope_to_hf(model, 5)
-        config |= {theirs: _plain(getattr(model, key)) for key, theirs in FAMILIES[kind].routing.items()}
-        problems[kind] = differences(model, model_from_hf(config))
+        problems[kind] = differences(model, model_from_hf(written(model, kind) | rope_to_hf(model, 5)))
         if not problems[kind]:
             return kind
     kind, lost = min(problems.items(), key=lambda item: len(item[1]))
@@ -273,7 +337,3 @@ def family_of(model: Model) -> str:
         f"model.{key}: no Hugging Face family of {', '.join(FAMILIES)} holds {shown(ours)}; {kind} has {shown(theirs)}"
         for key, (ours, theirs) in lost.items()
     )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -22,7 +22,7 @@ from moe_engine.checkpoint.partial import Partial
 from moe_engine.checkpoint.shard import Digest, Entry, stream_shard
 from moe_engine.checkpoint.weights_only import Beat, Weights, Written, hash_of, write_bytes
 from moe_engine.config import Model
-from moe_engine.config_hf import FAMILIES, dtype_of, model_from_hf, model_to_hf, spelling_of
+from moe_engine.config_hf import FAMILIES, dtype_of, family_in, model_from_hf, model_to_hf, spelling_of
 from moe_engine.errors import ConfigError, DataError
 
 SHARD_BYTES = 5 * 10**9  # as transformers
@@ -62,7 +62,7 @@ def write_hf(
     options = [target.family, target.layout, str(target.dtype), target.version, target.shard_bytes, config.decode()]
     partial = Partial(out, [identity, options])
     disk.require_space(partial.folder, total)
-    scale = 1.0 if "routed_scaling_factor" in FAMILIES[target.family].routing else model.routed_scaling_factor
+    scale = 1.0 if "scale_factor" in FAMILIES[target.family].more else model.routed_scaling_factor
 
     def make(names: list[str]) -> Callable[[Path], tuple[Digest, dict[str, str]]]:
         def write(path: Path) -> tuple[Digest, dict[str, str]]:
@@ -121,7 +121,7 @@ def config_text(model: Model, target: Target, entries: Mapping[str, Entry]) -> b
         count[entry.dtype] = count.get(entry.dtype, 0) + entry.nbytes
     dtype = str(max(count, key=lambda kind: count[kind])).removeprefix("torch.")
     config = model_to_hf(model, target.family, dtype, target.version, carried)
-    if old and carried.get("model_type") == target.family and target.version in (None, spelling_of(carried)):
+    if old and family_in(carried) == target.family and target.version in (None, spelling_of(carried)):
         said = dtype_of(carried) or dtype
         if config == model_to_hf(model_from_hf(carried), target.family, said, target.version, carried):
             return old
