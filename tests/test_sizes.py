@@ -10,6 +10,10 @@ from moe_engine.sizes import parameter_counts, rank_parameters
 
 HEAD_NORMS = {"qk_norm": "head", "shared_intermediate_size": 18}
 WIDE_NORMS = {"qk_norm": "projection"}
+ROUTED_HEADS = {
+    "num_attention_heads": 12, "num_key_value_heads": 2, "num_attention_experts": 6, "attention_moe_layers": (0, 2),
+    "num_attention_experts_per_tok": 3, "qk_norm": "head",
+}  # fmt: skip
 
 
 def preset(name: str) -> Model:
@@ -73,8 +77,14 @@ def weights(model: Model, ep: int, tp: int) -> list[tuple[tuple[int, ...], int, 
         found.append(((v, d), 1, tp, False))
     for layer in range(model.num_hidden_layers):
         found += [((d,), 1, 1, False)] * 2
-        found += [((model.num_attention_heads * c, d), 1, tp, False)] * 2
-        found += [((model.num_key_value_heads * c, d), 1, tp, False)] * 2
+        if model.is_attention_moe(layer):
+            heads = model.num_attention_heads // model.num_attention_experts
+            found.append(((model.num_attention_experts, d), 1, 1, False))
+            found += [((heads * c, d), ep, tp, True)] * (2 * model.num_attention_experts)
+            found += [((c, d), ep, 1, True)] * (2 * model.num_attention_experts)
+        else:
+            found += [((model.num_attention_heads * c, d), 1, tp, False)] * 2
+            found += [((model.num_key_value_heads * c, d), 1, tp, False)] * 2
         if model.qk_norm == "head":
             found += [((c,), 1, 1, False)] * 2
         elif model.qk_norm == "projection":
@@ -88,7 +98,9 @@ def weights(model: Model, ep: int, tp: int) -> list[tuple[tuple[int, ...], int, 
     return found
 
 
-@pytest.mark.parametrize(("tied", "extra"), [(True, {}), (False, HEAD_NORMS), (True, WIDE_NORMS)])
+@pytest.mark.parametrize(
+    ("tied", "extra"), [(True, {}), (False, HEAD_NORMS), (True, WIDE_NORMS), (False, ROUTED_HEADS)]
+)
 @pytest.mark.parametrize("moe_layers", ["all", (1,), ()])
 @pytest.mark.parametrize(("dp", "ep", "tp"), [(1, 1, 1), (3, 2, 2), (5, 3, 1), (2, 1, 2)])
 def test_counts_equal_an_enumeration(tied: bool, extra: dict, moe_layers: object, dp: int, ep: int, tp: int) -> None:
@@ -105,6 +117,9 @@ def test_counts_equal_an_enumeration(tied: bool, extra: dict, moe_layers: object
     assert counts.active == counts.total - idle
     rank = rank_parameters(model, Parallel(dp=dp, ep=ep, tp=tp))
     dense = sum(math.prod(shape) // (e * t) for shape, e, t, expert in listed if not expert)
-    experts = sum(math.prod(shape) for shape, _, _, expert in listed if expert) // (ep * tp)
+    experts = sum(math.prod(shape) // (e * t) for shape, e, t, expert in listed if expert)
     assert (rank.dense, rank.expert) == (dense, experts)
+    whole = rank_parameters(model, Parallel(dp=dp, ep=ep, tp=tp, replicate_attention_experts=True))
+    moved = sum(math.prod(shape) // t for shape, _, t, expert in listed if expert and shape[0] % 10 == 0)  # C is 10
+    assert (whole.dense, whole.expert) == (dense + moved, experts - moved // ep)
     assert 0 <= rank.owned_dense * dp * ep - dense < dp * ep and 0 <= rank.owned_expert * dp - experts < dp
