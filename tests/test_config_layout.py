@@ -134,6 +134,15 @@ def test_refused_layouts_list_what_is_valid(world: int, argv: list[str], words: 
     assert words in str(caught.value)
 
 
+def test_attention_experts_number_their_tokens_exactly() -> None:
+    argv = ["--seq-length", "65536", "--set", "model.max_position_embeddings=65536", "--micro-batch"]
+    routed = ["--set", "model.num_attention_experts=4"]
+    load([*argv, "255", *routed], 1)
+    load([*argv, "256"], 1)
+    with pytest.raises(ConfigError, match=r"less than 2\^24 with attention experts"):
+        load([*argv, "256", *routed], 1)
+
+
 def test_check_layout_raises_for_another_world() -> None:
     run = load_run(["--ep", "2"], 8)
     check_layout(run, 8)
