@@ -46,6 +46,16 @@ def test_llama_moe_v2_with_a_residual_expert() -> None:
     assert (counts.total, counts.active) == (8_030_261_248 + 32 * 7 * 4096, 3_803_320_320)
 
 
+def test_attention_experts_of_llama_are_slices_of_its_heads() -> None:
+    """Eight kv heads make eight experts with no copy: only the routers come to the 8.03 billion."""
+    dense, routers = preset("llama-moe-v2-8b"), 32 * 8 * 4096
+    counts = parameter_counts(dense.model_copy(update={"num_attention_experts": 8}))
+    assert counts.total == 8_031_309_824 + routers and counts.attention_experts == parameter_counts(dense).attention
+    assert counts.active == 3_803_451_392 + routers - counts.attention_experts * 6 // 8
+    copied = parameter_counts(dense.model_copy(update={"num_attention_experts": 16}))
+    assert copied.attention_experts - counts.attention_experts == 32 * 8 * 2 * 128 * 4096  # a second k and v of each
+
+
 def test_llama_moe_is_counted_without_its_routers() -> None:
     two_of_eight = preset("llama-moe-3.5b")
     counts = parameter_counts(two_of_eight)
