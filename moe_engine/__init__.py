@@ -6,7 +6,7 @@ checkpoint keys do not (`experts.w_gate_up`).
     B sequences          T tokens here           E experts              R routed rows leaving (T*K)
     S sequence length    D hidden size           L experts here (E/ep)  M rows received
     V vocabulary         F expert / FFN width    K experts per token    C head dim
-                         H query heads           G kv heads
+                         H query heads           G kv heads              A attention experts, of h = H/A query heads
 
 Placement, in docstrings: `x[T/tp, D]` is cut along tp; `y[T, D]{tp}` is a partial sum still to be reduced over tp.
 `axis` is a direction of the mesh (dp, ep, tp), `dim` a dimension of a tensor.

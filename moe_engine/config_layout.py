@@ -112,6 +112,12 @@ def other_problems(run: Run) -> list[str]:
         )
     if parallel.zero == 0 and parallel.offload_optimizer:
         problems.append("parallel.offload_optimizer: found true with zero 0, expected zero 1, 2 or 3")
+    plane = parallel.ep * train.micro_batch * train.seq_length
+    if model.num_attention_moe_layers and plane >= 1 << 24:
+        problems.append(
+            f"train.micro_batch: found ep {parallel.ep} * micro_batch {train.micro_batch} * seq_length "
+            f"{train.seq_length} = {plane} tokens, expected less than 2^24 with attention experts"
+        )
     if train.seq_length > model.max_position_embeddings:
         problems.append(
             f"train.seq_length: found {train.seq_length}, expected at most model.max_position_embeddings "

@@ -67,6 +67,11 @@ def test_is_moe_follows_moe_layers() -> None:
         ({"num_local_experts": 4, "num_experts_per_tok": 5}, "valid are 1 to 4"),
         ({"num_local_experts": 4, "moe_layers": [1, 1]}, "twice"),
         ({"num_local_experts": 4, "moe_layers": [3]}, "valid are 0 to 2"),
+        ({"num_attention_experts": 3}, "multiple of 4 key-value heads: valid are 4"),
+        ({"num_attention_experts": 2, "num_attention_experts_per_tok": 3}, "valid are 1 to 2"),
+        ({"num_attention_experts": 4, "attention_moe_layers": [0, 3]}, "attention_moe_layers .* valid are 0 to 2"),
+        ({"num_attention_experts": 4, "attention_moe_layers": [0, 0]}, "attention_moe_layers .* twice"),
+        ({"num_attention_experts": 4, "qk_norm": "projection"}, "use head or none"),
         ({"vocab_size": True}, "expected no boolean"),
         ({"rope_theta": float("nan")}, "finite"),
         ({"capacity_factor": 0}, "greater than 0"),
@@ -205,6 +210,14 @@ def test_warm_up_is_clamped_with_a_warning() -> None:
         (["--data", "a=x:3"], "data.domains weight"),
         (["--set", "model.num_experts_per_tok=1"], "model.norm_topk_prob"),
         (["--set", "model.moe_layers=[]"], "model.num_local_experts"),
+        (["--set", "model.attention_scaling_factor=2"], "model.attention_scaling_factor"),
+        (["--set", "model.attention_moe_layers=[0]"], "model.attention_moe_layers"),
+        (
+            ["--set", "model.attention_moe_layers=[]", "--set", "model.num_attention_experts=4"],
+            "model.num_attention_experts",
+        ),
+        (["--set", "parallel.replicate_attention_experts=true"], "parallel.replicate_attention_experts"),
+        (["--model", "llama-2-7b", "--set", "model.shared_intermediate_size=8"], "model.shared_intermediate_size"),
     ],
 )
 def test_settings_without_effect_are_warned_about(argv: list[str], key: str) -> None:

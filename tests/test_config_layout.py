@@ -25,9 +25,15 @@ def oracle(model: Model, parallel: Parallel, train: Train, world: int) -> bool:
         return len(set(held)) == 1 and held[0] > 0
 
     expert_layers = [i for i in range(model.num_hidden_layers) if model.is_moe(i)]
-    if not cuts(model.num_local_experts if expert_layers else 1, ep):
+    routed = [i for i in range(model.num_hidden_layers) if model.is_attention_moe(i)]
+    to_cut = [model.num_local_experts] if expert_layers else []
+    to_cut += [model.num_attention_experts] if routed and not parallel.replicate_attention_experts else []
+    if not all(cuts(experts, ep) for experts in to_cut or [1]):
         return False
-    sizes = [model.num_attention_heads, model.num_key_value_heads, model.vocab_size]
+    sizes = [model.vocab_size]
+    if len(routed) < model.num_hidden_layers:
+        sizes += [model.num_attention_heads, model.num_key_value_heads]
+    sizes += [model.num_attention_heads // model.num_attention_experts] if routed else []
     sizes += [train.micro_batch * train.seq_length]
     sizes += [model.moe_intermediate_size] if expert_layers else []
     if model.shared_intermediate_size and expert_layers:
@@ -42,7 +48,13 @@ def random_case(rng: random.Random) -> tuple[Run, int]:
     kv_heads = rng.choice([4, 8] if even else [1, 2, 3, 4, 6])
     heads = kv_heads * rng.choice([1, 2, 3, 4])
     experts = rng.choice([8, 16, 24] if even else [0, 1, 2, 3, 4, 6, 12])
+    routed = rng.random() < 0.3
     model = Model(
+        num_attention_experts=rng.choice(
+            [n for n in range(1, heads + 1) if heads % n == n % kv_heads == 0] * routed or [0]
+        ),
+        num_attention_experts_per_tok=1,
+        attention_moe_layers=rng.choice(["all", (1,), ()]),
         vocab_size=rng.choice([264, 32000, 128256] if even else [96, 250, 99]),
         hidden_size=heads * 8,
         intermediate_size=rng.choice([256, 14336] if even else [48, 100, 33]),
@@ -59,11 +71,13 @@ def random_case(rng: random.Random) -> tuple[Run, int]:
     dp = rng.choice([1, 2, 3, 4])
     world = dp * ep * tp if rng.random() < 0.8 else rng.choice([1, 2, 4, 6, 8, 12, 16, 24])
     train = Train(micro_batch=rng.choice([1, 2, 3]), seq_length=rng.choice([64, 128, 96] if even else [15, 96]))
-    return Run(model=model, parallel=Parallel(dp=dp, ep=ep, tp=tp), train=train), world
+    parallel = Parallel(dp=dp, ep=ep, tp=tp, replicate_attention_experts=rng.random() < 0.5)
+    return Run(model=model, parallel=parallel, train=train), world
 
 
 def with_parallel(run: Run, world: int, **change: int) -> Run:
-    parallel = Parallel.model_validate({"ep": run.parallel.ep, "tp": run.parallel.tp} | change)
+    kept = run.parallel.model_dump(include={"ep", "tp", "replicate_attention_experts"})
+    parallel = Parallel.model_validate(kept | change)
     return derive(Run(model=run.model, parallel=parallel, train=run.train), world)[0]
 
 
@@ -118,6 +132,15 @@ def test_refused_layouts_list_what_is_valid(world: int, argv: list[str], words: 
     with pytest.raises(ConfigError) as caught:
         load(argv, world)
     assert words in str(caught.value)
+
+
+def test_attention_experts_number_their_tokens_exactly() -> None:
+    argv = ["--seq-length", "65536", "--set", "model.max_position_embeddings=65536", "--micro-batch"]
+    routed = ["--set", "model.num_attention_experts=4"]
+    load([*argv, "255", *routed], 1)
+    load([*argv, "256"], 1)
+    with pytest.raises(ConfigError, match=r"less than 2\^24 with attention experts"):
+        load([*argv, "256", *routed], 1)
 
 
 def test_check_layout_raises_for_another_world() -> None:

@@ -10,6 +10,10 @@ from moe_engine.sizes import parameter_counts, rank_parameters
 
 HEAD_NORMS = {"qk_norm": "head", "shared_intermediate_size": 18}
 WIDE_NORMS = {"qk_norm": "projection"}
+ROUTED_HEADS = {
+    "num_attention_heads": 12, "num_key_value_heads": 2, "num_attention_experts": 6, "attention_moe_layers": (0, 2),
+    "num_attention_experts_per_tok": 3, "qk_norm": "head",
+}  # fmt: skip
 
 
 def preset(name: str) -> Model:
@@ -40,6 +44,16 @@ def test_llama_moe_v2_with_a_residual_expert() -> None:
     seven = {"num_local_experts": 7, "num_experts_per_tok": 1, "shared_intermediate_size": 1792}
     counts = parameter_counts(preset("llama-moe-v2-8b").model_copy(update=seven))
     assert (counts.total, counts.active) == (8_030_261_248 + 32 * 7 * 4096, 3_803_320_320)
+
+
+def test_attention_experts_of_llama_are_slices_of_its_heads() -> None:
+    """Eight kv heads make eight experts with no copy: only the routers come to the 8.03 billion."""
+    dense, routers = preset("llama-moe-v2-8b"), 32 * 8 * 4096
+    counts = parameter_counts(dense.model_copy(update={"num_attention_experts": 8}))
+    assert counts.total == 8_031_309_824 + routers and counts.attention_experts == parameter_counts(dense).attention
+    assert counts.active == 3_803_451_392 + routers - counts.attention_experts * 6 // 8
+    copied = parameter_counts(dense.model_copy(update={"num_attention_experts": 16}))
+    assert copied.attention_experts - counts.attention_experts == 32 * 8 * 2 * 128 * 4096  # a second k and v of each
 
 
 def test_llama_moe_is_counted_without_its_routers() -> None:
@@ -73,8 +87,14 @@ def weights(model: Model, ep: int, tp: int) -> list[tuple[tuple[int, ...], int, 
         found.append(((v, d), 1, tp, False))
     for layer in range(model.num_hidden_layers):
         found += [((d,), 1, 1, False)] * 2
-        found += [((model.num_attention_heads * c, d), 1, tp, False)] * 2
-        found += [((model.num_key_value_heads * c, d), 1, tp, False)] * 2
+        if model.is_attention_moe(layer):
+            heads = model.num_attention_heads // model.num_attention_experts
+            found.append(((model.num_attention_experts, d), 1, 1, False))
+            found += [((heads * c, d), ep, tp, True)] * (2 * model.num_attention_experts)
+            found += [((c, d), ep, 1, True)] * (2 * model.num_attention_experts)
+        else:
+            found += [((model.num_attention_heads * c, d), 1, tp, False)] * 2
+            found += [((model.num_key_value_heads * c, d), 1, tp, False)] * 2
         if model.qk_norm == "head":
             found += [((c,), 1, 1, False)] * 2
         elif model.qk_norm == "projection":
@@ -88,7 +108,9 @@ def weights(model: Model, ep: int, tp: int) -> list[tuple[tuple[int, ...], int, 
     return found
 
 
-@pytest.mark.parametrize(("tied", "extra"), [(True, {}), (False, HEAD_NORMS), (True, WIDE_NORMS)])
+@pytest.mark.parametrize(
+    ("tied", "extra"), [(True, {}), (False, HEAD_NORMS), (True, WIDE_NORMS), (False, ROUTED_HEADS)]
+)
 @pytest.mark.parametrize("moe_layers", ["all", (1,), ()])
 @pytest.mark.parametrize(("dp", "ep", "tp"), [(1, 1, 1), (3, 2, 2), (5, 3, 1), (2, 1, 2)])
 def test_counts_equal_an_enumeration(tied: bool, extra: dict, moe_layers: object, dp: int, ep: int, tp: int) -> None:
@@ -105,6 +127,9 @@ def test_counts_equal_an_enumeration(tied: bool, extra: dict, moe_layers: object
     assert counts.active == counts.total - idle
     rank = rank_parameters(model, Parallel(dp=dp, ep=ep, tp=tp))
     dense = sum(math.prod(shape) // (e * t) for shape, e, t, expert in listed if not expert)
-    experts = sum(math.prod(shape) for shape, _, _, expert in listed if expert) // (ep * tp)
+    experts = sum(math.prod(shape) // (e * t) for shape, e, t, expert in listed if expert)
     assert (rank.dense, rank.expert) == (dense, experts)
+    whole = rank_parameters(model, Parallel(dp=dp, ep=ep, tp=tp, replicate_attention_experts=True))
+    moved = sum(math.prod(shape) // t for shape, _, t, expert in listed if expert and shape[0] % 10 == 0)  # C is 10
+    assert (whole.dense, whole.expert) == (dense + moved, experts - moved // ep)
     assert 0 <= rank.owned_dense * dp * ep - dense < dp * ep and 0 <= rank.owned_expert * dp - experts < dp

@@ -28,7 +28,7 @@ from moe_engine.config import Model, Optimizer, Parallel, Run, Train
 from moe_engine.config_cli import load_run
 from moe_engine.data.loader import Batch
 from moe_engine.errors import ConfigError
-from moe_engine.model.router_losses import balance_loss, router_loss, unpack_stats
+from moe_engine.model.router_losses import router_loss, total_balance, unpack_stats
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
@@ -51,6 +51,7 @@ class Case(NamedTuple):
     zero: int
     accumulation: int
     aux: str
+    replicate: bool = False
 
     @property
     def world(self) -> int:
@@ -83,7 +84,9 @@ def run_of(model: Model, case: Case) -> Run:
     """The engine's configuration of a case; clipping at 0.5 is active in every step."""
     return Run(
         model=model.model_copy(update={"router_aux_loss": case.aux}),
-        parallel=Parallel(dp=case.dp, ep=case.ep, tp=case.tp, zero=case.zero),
+        parallel=Parallel(
+            dp=case.dp, ep=case.ep, tp=case.tp, zero=case.zero, replicate_attention_experts=case.replicate
+        ),
         optimizer=Optimizer(lr=1e-3, eps=1e-6, clip_grad=0.5),
         train=Train(
             steps=STEPS, seq_length=LENGTH, micro_batch=case.micro_batch, accumulation=case.accumulation,
@@ -108,9 +111,9 @@ def cut(batch: Batch, start: int, count: int) -> Batch:
     return Batch(*(field[start : start + count] for field in batch))
 
 
-def build(model: Model, mesh: Mesh) -> Transformer:
+def build(model: Model, mesh: Mesh, replicate: bool = False) -> Transformer:
     """The model from seed 0, with one expert that is never chosen."""
-    transformer = Transformer(model, mesh)
+    transformer = Transformer(model, mesh, replicate_attention_experts=replicate)
     initialise(transformer, seed=0)
     return transformer
 
@@ -142,9 +145,7 @@ def reference(model: Model, case: Case) -> Trace:
         count_NE = sum(s.count_NBE.sum(1) for s in stats)
         assert isinstance(count_NE, Tensor)
         load_NE = count_NE / count_NE.sum(1, keepdim=True)
-        aux_values.append(
-            sum(balance_loss(case.aux, s, config.num_experts_per_tok, load_NE).item() for s in stats) / len(stats)
-        )
+        aux_values.append(sum(total_balance(config, case.aux, s, load_NE).item() for s in stats) / len(stats))
         token_losses = sum(loss_T.sum() for loss_T, _ in outputs) / (batch.labels_BS != -100).sum()
         (token_losses + sum(router_loss(config, s, load_NE) for s in stats) / len(stats)).backward()
         if step == 0:
@@ -172,7 +173,7 @@ def check_rank(rank: int, run: Run, case: Case, truth: Trace) -> Errors:
     from moe_engine.train.zero import ZeroEngine
 
     mesh = build_mesh(case.dp, case.ep, case.tp)
-    transformer = build(run.model, mesh)
+    transformer = build(run.model, mesh, run.parallel.replicate_attention_experts)
     engine = ZeroEngine(transformer, run, mesh)
     starve_one_expert(iter(engine.routers))
     mine = {name: (p, note_of(p).local_slices()) for name, p in transformer.named_parameters()}
@@ -257,10 +258,23 @@ def shrunk(run: Run) -> tuple[Model, list[Case]]:
     model = SMALL.model_copy(update={name: getattr(run.model, name) for name in ROUTING})
     if run.model.shared_intermediate_size:
         model = model.model_copy(update={"shared_intermediate_size": 40})
+    if run.model.num_attention_moe_layers:
+        model = model.model_copy(update=attention_experts(run))
     left_out = {"capacity_factor": None, "router_jitter_noise": 0.0, "expert_bias_update_rate": 0.0}
     for key in [key for key, default in left_out.items() if getattr(run.model, key) != default]:
         print(f"not verified: model.{key} {getattr(run.model, key)}, which depends on the layout or on chance")
-    return model, [Case(dp, parallel.ep, parallel.tp, parallel.zero, accumulation, aux)]
+    replicate = parallel.replicate_attention_experts
+    return model, [Case(dp, parallel.ep, parallel.tp, parallel.zero, accumulation, aux, replicate)]
+
+
+def attention_experts(run: Run) -> dict[str, object]:
+    """As few and narrow as ep and tp can cut; one layer keeps dense attention."""
+    experts, tp = 8 * run.parallel.ep, run.parallel.tp
+    return {
+        "num_attention_experts": experts, "num_attention_heads": experts * tp, "num_key_value_heads": experts,
+        "num_attention_experts_per_tok": min(run.model.num_attention_experts_per_tok, experts), "head_dim": 4,
+        "attention_scaling_factor": run.model.attention_scaling_factor, "attention_moe_layers": (1, 2),
+    }  # fmt: skip
 
 
 def main() -> int:

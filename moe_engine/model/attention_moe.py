@@ -31,8 +31,6 @@ from moe_engine.parallel.collectives import copy_to, reduce_from
 from moe_engine.parallel.mesh import Axis, Mesh
 from moe_engine.parallel.weight import weight
 
-EXACT = 1 << 24  # token numbers travel as fp32
-
 
 class Arrangement(NamedTuple):
     """Rows in order of (expert, sequence, token): row_N in order of arrival, slot_N among the P * n places of groups.
@@ -94,14 +92,14 @@ class AttentionExperts(nn.Module):
         self.w_o = weight((experts, hidden, heads, head_dim), cut={0: ep, 2: tp}, std=std)
 
     def forward(
-        self, x_ND: Tensor, weight_N1: Tensor, turn_N: tuple[Tensor, Tensor], at: Arrangement, norms: list[nn.Module]
+        self, x_ND: Tensor, weight_N1: Tensor, turn: tuple[Tensor, Tensor], at: Arrangement, norms: list[nn.Module]
     ) -> Tensor:
-        """The weighted outputs y[N, D]{tp} of arranged rows; turn_N: cos, sin [N, 1, C]; norms: of q and of k."""
+        """The weighted outputs y[N, D]{tp} of arranged rows; turn: cos, sin [N, 1, C]; norms: of q and of k."""
         q_norm, k_norm = norms
         q_NX = grouped_mm(x_ND, self.w_q.flatten(1, 2), at.counts_L)
         k_NC, v_NC = (grouped_mm(x_ND, copy_to(w, self.tp), at.counts_L) for w in (self.w_k, self.w_v))
-        q_NhC = rotate(q_norm(q_NX.unflatten(1, self.w_q.shape[1:3])), *turn_N)
-        k_N1C = rotate(k_norm(k_NC.unsqueeze(1)), *turn_N)
+        q_NhC = rotate(q_norm(q_NX.unflatten(1, self.w_q.shape[1:3])), *turn)
+        k_N1C = rotate(k_norm(k_NC.unsqueeze(1)), *turn)
         q, k, v = (_grouped(rows, at) for rows in (q_NhC, k_N1C, v_NC.unsqueeze(1)))
         a_PhnC = F.scaled_dot_product_attention(q, k, v, attn_mask=at.bias, is_causal=at.bias is None, enable_gqa=True)
         a_NX = a_PhnC.transpose(1, 2).flatten(0, 1).index_select(0, at.slot_N).flatten(1)
@@ -118,7 +116,7 @@ def _grouped(rows_NhC: Tensor, at: Arrangement) -> Tensor:
 class AttentionMoE(nn.Module):
     """Router and attention experts of one layer.
 
-    replicate: every ep rank holds all experts, as dense weights, and keeps its tokens to itself.
+    replicate: every ep rank holds all experts, as dense weights (their axis is not ep), and keeps its tokens.
     """
 
     def __init__(self, config: Model, mesh: Mesh, replicate: bool = False):
@@ -137,22 +135,19 @@ class AttentionMoE(nn.Module):
         flight, home = depart(x_TD, ticket_TK3, routing.index_TK, self.config.num_attention_experts, self.ep, self.tp)
         stats_BX = reduce_from(member_BT @ pack_stats(*routing[2:], experts=self.config.router_columns), self.tp)
         rows_MD, ticket_M3, expert_M1 = flight.land()
-        weight_M, token_M, position_M = ticket_M3.unbind(1)
+        token_M, position_M = ticket_M3[:, 1:].long().unbind(1)
         experts = self.experts.w_k.shape[0]
-        order = arrange(expert_M1.squeeze(1).long(), token_M.long(), position_M.long(), experts, sequences, x_TD.dtype)
-        cos_NC, sin_NC = turns(position_M[order.row_N], at.inverse_frequency, x_TD.dtype)
-        y_ND = self.experts(
-            rows_MD[order.row_N],
-            weight_M[order.row_N].unsqueeze(1),
-            (cos_NC.unsqueeze(1), sin_NC.unsqueeze(1)),
-            order,
-            [self.q_norm, self.k_norm],
+        order = arrange(expert_M1.squeeze(1).long(), token_M, position_M, experts, sequences, x_TD.dtype)
+        x_ND, weight_N1, position_N1 = (
+            rows.index_select(0, order.row_N) for rows in (rows_MD, ticket_M3[:, :1], position_M.unsqueeze(1))
         )
+        turn = turns(position_N1, at.inverse_frequency, x_TD.dtype)
+        y_ND = self.experts(x_ND, weight_N1, turn, order, [self.q_norm, self.k_norm])
         return bring(torch.zeros_like(rows_MD).index_copy(0, order.row_N, y_ND), home), stats_BX
 
     def _tickets(self, weight_TK: Tensor, positions_BS: Tensor, sequences: Sequences) -> Tensor:
-        """What travels with each row, [T/tp, K, 3]: weight, token number on the plane, position; fp32 holds all."""
-        assert sequences.count * sequences.length <= EXACT, "too many tokens on an ep x tp plane to number in fp32"
+        """What travels with each row, [T/tp, K, 3]: weight, token number on the plane, position. fp32 holds whole
+        numbers below 2^24; config_layout refuses planes with more tokens."""
         mine = self.tp.cut(positions_BS.numel())
         token_T = torch.arange(mine.start, mine.stop, device=weight_TK.device) + sequences.first
         place_T2 = torch.stack([token_T, positions_BS.flatten()[mine]], 1).to(weight_TK.dtype)

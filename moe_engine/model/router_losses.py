@@ -46,7 +46,8 @@ def pack_stats(
 
     experts: E of the widest router of the model, where routers differ; the columns of experts that are not are zero.
     """
-    probs_TE = F.pad(probs_TE, (0, (experts or probs_TE.shape[1]) - probs_TE.shape[1]))
+    if experts is not None and experts > probs_TE.shape[1]:
+        probs_TE = F.pad(probs_TE, (0, experts - probs_TE.shape[1]))
     none = torch.zeros_like(probs_TE)
     first = none.scatter(1, chosen_TK[:, :1].long(), 1.0)
     chosen = none.scatter(1, chosen_TK.long(), 1.0)

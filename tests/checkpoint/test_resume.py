@@ -95,6 +95,21 @@ def test_jitter_continues_bit_exactly(corpus: Path, tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize(("zero", "then"), [(0, 2), (2, 1)])
+def test_attention_experts_continue_on_another_layout(corpus: Path, tmp_path: Path, zero: int, then: int):
+    """Their kv heads are cut by ep and whole on every rank of tp; each value is saved once."""
+    model = {
+        "vocab_size": 264, "num_attention_experts": 4, "num_attention_heads": 8, "head_dim": 4, "qk_norm": "head",
+        "shared_intermediate_size": 16,
+    }  # fmt: skip
+    straight = train(corpus, tmp_path / "straight", (1, 2, 2), {"zero": zero, "model": model}, steps=4, save_every=2)
+    half = tmp_path / "straight" / "checkpoints" / "step-00000002"
+    resumed = train(corpus, tmp_path / "resumed", (2, 1, 1), {"zero": then, "model": model}, steps=4, resume=str(half))
+    for ours, theirs in zip(resumed, straight[2:], strict=True):
+        for key in ("loss", "lm_loss", "aux_loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
+
+
 OTHER = [
     ((2, 2, 1), (1, 1, 1), 2, 0),
     pytest.param(*((1, 1, 1), (2, 2, 1), 0, 2), marks=pytest.mark.slow),

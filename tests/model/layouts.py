@@ -9,15 +9,15 @@ from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import initialise, note_of
 
-SEQUENCES, LENGTH = 8, 12
+LENGTH = 12
 
 
-def batch(vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch(vocab_size: int, sequences: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, positions and labels; documents start at random places, and one window starts inside a document."""
     draw = torch.Generator().manual_seed(5)
-    tokens, labels = torch.randint(vocab_size, (2, SEQUENCES, LENGTH), generator=draw)
-    starts = (torch.rand(SEQUENCES, LENGTH, generator=draw) < 0.15).index_fill(1, torch.tensor([0]), True)
-    place = torch.arange(LENGTH).expand(SEQUENCES, LENGTH)
+    tokens, labels = torch.randint(vocab_size, (2, sequences, LENGTH), generator=draw)
+    starts = (torch.rand(sequences, LENGTH, generator=draw) < 0.15).index_fill(1, torch.tensor([0]), True)
+    place = torch.arange(LENGTH).expand(sequences, LENGTH)
     positions = place - torch.where(starts, place, 0).cummax(1).values
     positions[1] = place[1] + 40
     return tokens, positions, labels
@@ -30,15 +30,17 @@ def objective(model: Transformer, config: Model, inputs: tuple[Tensor, Tensor, T
 
 
 def compare(config: Model, layout: tuple[int, int, int], recompute: str = "none", **options: bool) -> None:
-    """On layout (dp, ep, tp), against the whole batch on one rank; `sequence` is the loss that no layout changes."""
+    """On layout (dp, ep, tp), against the whole batch on one rank; `sequence` is the loss that no layout changes.
+
+    A data rank has three sequences, so that tp cuts one of them in two or more."""
     mesh = build_mesh(*layout)
     whole, part = Transformer(config, Mesh()), Transformer(config, mesh, recompute, **options)
     initialise(whole, 0)
     initialise(part, 0)
-    inputs = batch(config.vocab_size)
+    inputs = batch(config.vocab_size, 3 * mesh.data.size)
     truth, _ = objective(whole, config, inputs)
     truth.backward()
-    mine = mesh.data.cut(SEQUENCES)
+    mine = mesh.data.cut(len(inputs[0]))
     ours, _ = objective(part, config, tuple(x[mine] for x in inputs))  # pyright: ignore[reportArgumentType]
     ours.backward()
     total = ours.detach().clone()

@@ -76,7 +76,16 @@ def test_tied_embedding_sums_both_gradients():
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_local_experts": 0}, {"moe_layers": (0, 2)}, {"num_experts_per_tok": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_local_experts": 0},
+        {"moe_layers": (0, 2)},
+        {"num_experts_per_tok": 3},
+        {"shared_intermediate_size": 12},
+    ],
+)
 def test_flops_are_those_that_torch_counts(changes: dict[str, object]):
     """torch counts products as they run: attention over the whole square, router statistics, and no custom op."""
     transformer = model(**changes)
@@ -94,6 +103,22 @@ def test_flops_are_those_that_torch_counts(changes: dict[str, object]):
     seen = counter.get_total_flops() + (attended * length * tokens.numel() if not sdpa else 0)
     assert ours * tokens.numel() == pytest.approx(seen)
     assert step_flops_per_token(config, length) == 3 * forward_flops_per_token(config, length)
+
+
+def test_flops_of_attention_experts():
+    """All of them are dense attention with a kv head for each, and a router; half of them, half, and shorter rows."""
+    sizes = Model(**SIZES | {"num_key_value_heads": 4})
+    dense, length = forward_flops_per_token(sizes, 64), 64
+    routed = [
+        forward_flops_per_token(
+            sizes.model_copy(update={"num_attention_experts": 4, "num_attention_experts_per_tok": k}), length
+        )
+        for k in (4, 2)
+    ]
+    router, attended = 2 * 32 * 4, 2 * 4 * 8
+    assert routed[0] == dense + 3 * router
+    projections = 2 * 32 * 4 * 32
+    assert routed[0] - routed[1] == 3 * (projections / 2 + attended * (65 - 33 / 2))
 
 
 @pytest.mark.parametrize(("tied", "recompute"), [(False, "none"), (True, "full"), (False, "selective")])

@@ -85,14 +85,23 @@ def test_rows_of_a_run(corpus: Path, tmp_path: Path):
     assert manifest["step"] == 6 and manifest["layout"] == {"dp": 2, "ep": 1, "tp": 1, "zero": 2}
 
 
-def test_rows_are_the_documented_ones(corpus: Path, tmp_path: Path):
-    run = loop_run(corpus, tmp_path, (1, 1, 1), steps=1)
+@pytest.mark.parametrize("attention", [False, True])
+def test_rows_are_the_documented_ones(corpus: Path, tmp_path: Path, attention: bool):
+    routed = {"num_attention_experts": 4, "attention_moe_layers": (1,), "num_attention_experts_per_tok": 3}
+    run = loop_run(
+        corpus, tmp_path, (1, 1, 1), steps=1, settings={"model": {"vocab_size": 264} | (routed if attention else {})}
+    )
     run_on_ranks(lambda rank: fit(trainer_of(run, build_mesh(1, 1, 1))), 1)
     (row,) = read_rows(tmp_path / "metrics.jsonl")
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().partition("## eval.jsonl")[0]
     documented = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     assert set(row) <= documented
-    assert documented - set(row) <= {"routing_supervision_loss", "skipped"}
+    of_attention = {"attention_moe_layers", "attention_load"}
+    assert documented - set(row) <= {"routing_supervision_loss", "skipped"} | (set() if attention else of_attention)
+    if attention:
+        assert row["attention_moe_layers"] == [1] and len(row["attention_load"][0]) == 4
+        assert sum(row["attention_load"][0]) == pytest.approx(1.0) and max(row["attention_load"][0]) <= 1 / 3 + 1e-9
+        assert row["aux_loss"] > 1.5 and sum(row["expert_load"][0]) == pytest.approx(1.0)  # about 1 of either kind
     assert "skipped" not in row
 
 
