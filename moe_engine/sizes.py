@@ -94,18 +94,23 @@ def heads_per_attention_expert(model: Model) -> int:
     return model.num_attention_heads // model.num_attention_experts if model.num_attention_experts else 0
 
 
+def attention_experts_over_tp(model: Model, tp: int) -> int:
+    """Parameters of all attention experts on one of `tp` ranks: tp cuts the query heads of each, not its kv head."""
+    heads = heads_per_attention_expert(model)
+    return parameter_counts(model).attention_experts // (heads + 1) * (heads // tp + 1)
+
+
 def rank_parameters(model: Model, parallel: Parallel) -> RankParameters:
     """Parameters of one rank of a layout that `check_layout` accepts: all ranks hold the same number.
 
-    tp cuts embedding, head, attention and FFNs; norms and routers are whole on every rank; ep cuts the experts. Of an
-    attention expert tp cuts the query heads, not the kv head; replicated ones are dense.
+    tp cuts embedding, head, attention and FFNs; norms and routers are whole on every rank; ep cuts the experts.
+    Replicated attention experts are dense.
     """
     counts = parameter_counts(model)
     cut = counts.embedding + counts.head + counts.attention + counts.dense_mlp + counts.shared_experts
     dense = cut // parallel.tp + counts.routers + counts.attention_routers + counts.norms
     expert = counts.experts // (parallel.ep * parallel.tp)
-    heads = heads_per_attention_expert(model)
-    attention = counts.attention_experts // (heads + 1) * (heads // parallel.tp + 1)
+    attention = attention_experts_over_tp(model, parallel.tp)
     if parallel.replicate_attention_experts:
         dense += attention
     else:

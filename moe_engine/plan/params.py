@@ -4,6 +4,7 @@
     q, k, v, gate, up        cut by rows over tp: A is whole on every tp rank, B is cut as W is
     o, down                  cut by columns over tp: A is cut as W is, B is whole on every tp rank
     experts                  adapters of their own each; a rank holds those of its E/ep experts, cut over tp as above
+    attention experts        so too, or those of all experts where they are replicated; k and v of one kv head: whole
 
 So the adapter of what a rank holds of W[out, in] is r * (in + out) of those local sizes. Adapters of experts are
 expert parameters, reduced over dp; all others are dense, reduced over dp x ep. Arithmetic only: nothing is allocated.
@@ -15,10 +16,10 @@ from typing import NamedTuple
 from moe_engine.config import Model, Parallel
 from moe_engine.config_report import shown
 from moe_engine.errors import ConfigError
-from moe_engine.sizes import parameter_counts
+from moe_engine.sizes import attention_experts_over_tp, heads_per_attention_expert, parameter_counts
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-WHOLE_ON_EVERY_RANK = ("routers", "norms")
+WHOLE_ON_EVERY_RANK = ("routers", "attention_routers", "norms")
 
 
 class Lora(NamedTuple):
@@ -29,7 +30,7 @@ class Lora(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """W[rows, columns] of which a model has `copies`; tp cuts `cut`, "rows" or "columns"."""
+    """W[rows, columns] of which a model has `copies`; tp cuts `cut`, "rows", "columns" or "neither"."""
 
     target: str
     component: str
@@ -135,10 +136,16 @@ def base_parts(model: Model, parallel: Parallel) -> Iterator[Part]:
     counts = parameter_counts(model)._asdict()
     for name, parameters in counts.items():
         if parameters and not name.startswith("active_"):
-            expert = name == "experts"
-            cut = (1 if name in WHOLE_ON_EVERY_RANK else parallel.tp) * (parallel.ep if expert else 1)
+            expert = over_ep(name, parallel)
+            here = parameters // (1 if name in WHOLE_ON_EVERY_RANK else parallel.tp)
+            here = attention_experts_over_tp(model, parallel.tp) if name == "attention_experts" else here
             active = counts.get(f"active_{name}", parameters)
-            yield Part(name, False, parameters, active, parameters // cut, expert, True)
+            yield Part(name, False, parameters, active, here // (parallel.ep if expert else 1), expert, True)
+
+
+def over_ep(component: str, parallel: Parallel) -> bool:
+    """Whether a component is experts' weights, cut over ep and reduced over dp."""
+    return component == "experts" or (component == "attention_experts" and not parallel.replicate_attention_experts)
 
 
 def adapter_parts(model: Model, parallel: Parallel, lora: Lora) -> list[Part]:
@@ -151,9 +158,9 @@ def adapter_parts(model: Model, parallel: Parallel, lora: Lora) -> list[Part]:
     parts: dict[str, Part] = {}
     for weight in projections(model):
         if weight.target in lora.targets:
-            expert = weight.component == "experts"
+            expert = over_ep(weight.component, parallel)
             one = lora.rank * (weight.rows + weight.columns)
-            cut = weight.rows if weight.cut == "rows" else weight.columns
+            cut = {"rows": weight.rows, "columns": weight.columns, "neither": 0}[weight.cut]
             local = one - lora.rank * (cut - cut // parallel.tp)
             here = weight.copies // parallel.ep if expert else weight.copies
             was = parts.get(weight.component, Part(weight.component, True, 0, 0, 0, expert, True))
@@ -169,9 +176,18 @@ def projections(model: Model) -> Iterator[Projection]:
     """Every matrix that an adapter can sit on: attention and feed-forward, not embedding, head and routers."""
     d, layers, sparse = model.hidden_size, model.num_hidden_layers, model.num_moe_layers
     queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    for target, rows in (("q", queries), ("k", keys), ("v", keys)):
-        yield Projection(target, "attention", layers, layers, rows, d, "rows")
-    yield Projection("o", "attention", layers, layers, d, queries, "columns")
+    routed = model.num_attention_moe_layers
+    if dense := layers - routed:
+        for target, rows in (("q", queries), ("k", keys), ("v", keys)):
+            yield Projection(target, "attention", dense, dense, rows, d, "rows")
+        yield Projection("o", "attention", dense, dense, d, queries, "columns")
+    if routed:
+        all_, chosen = routed * model.num_attention_experts, routed * model.num_attention_experts_per_tok
+        queries = heads_per_attention_expert(model) * model.head_dim
+        yield Projection("q", "attention_experts", all_, chosen, queries, d, "rows")
+        for target in ("k", "v"):
+            yield Projection(target, "attention_experts", all_, chosen, model.head_dim, d, "neither")
+        yield Projection("o", "attention_experts", all_, chosen, d, queries, "columns")
     chosen = sparse * model.num_experts_per_tok
     for component, copies, active, width in (
         ("dense_mlp", layers - sparse, layers - sparse, model.intermediate_size),

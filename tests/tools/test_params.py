@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moe_engine.config import Model, Parallel
-from moe_engine.config_files import HF_FAMILIES, read_model
+from moe_engine.config_files import read_model
+from moe_engine.config_hf import FAMILIES
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Axis, Mesh
 from moe_engine.parallel.weight import note_of
@@ -25,6 +26,11 @@ ODD = Model.model_validate(
     {"vocab_size": 34, "hidden_size": 24, "intermediate_size": 22, "num_hidden_layers": 3, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "head_dim": 10, "num_local_experts": 6, "moe_intermediate_size": 14}
     | {"moe_layers": (0, 2), "num_experts_per_tok": 3}
+)
+
+ROUTED = ODD.model_copy(
+    update={"num_attention_experts": 2, "attention_moe_layers": (0, 1), "shared_intermediate_size": 18}
+    | {"num_attention_experts_per_tok": 1, "qk_norm": "head"}
 )
 
 
@@ -96,26 +102,31 @@ def test_what_trains(capsys: pytest.CaptureFixture[str]) -> None:
 def component_of(name: str) -> str:
     """The component of a parameter of Transformer."""
     words = name.split(".")
+    if "attention" in words:
+        return {"router": "attention_routers", "experts": "attention_experts"}.get(words[3], "attention")
     beside = {"router": "routers", "experts": "experts", "shared": "shared_experts"}
     if "ffn" in words:
         return beside.get(words[3], "dense_mlp")
-    return "attention" if "attention" in words else "norms" if "norm" in words[-2] else words[0]
+    return "norms" if "norm" in words[-2] else words[0]
 
 
 def enumerated(model: Model, parallel: Parallel, rank: int) -> tuple[Counter[str], Counter[str]]:
     """Parameters of one rank by component, and of adapters on all seven projections, one by one, from their shapes."""
     mesh = Mesh(ep=Axis("ep", parallel.ep), tp=Axis("tp", parallel.tp))
     with torch.device("meta"):
-        transformer = Transformer(model, mesh)
+        transformer = Transformer(model, mesh, "none", parallel.replicate_attention_experts)
     own, adapters = Counter(), Counter()
     for name, parameter in transformer.named_parameters():
         # norms of one head are counted with the norms; those of all heads are cut as attention is
         whole = parameter.dim() == 1 and not note_of(parameter).tensor_parallel
         component = "norms" if whole else component_of(name)
         own[component] += parameter.numel()
-        assert note_of(parameter).expert == (component == "experts")
-        if component in ("attention", "dense_mlp", "shared_experts", "experts") and parameter.dim() > 1:
-            *copies, rows, columns = parameter.shape
+        over_ep = ["experts"] if parallel.replicate_attention_experts else ["experts", "attention_experts"]
+        assert note_of(parameter).expert == (component in over_ep)
+        adapted = ("attention", "attention_experts", "dense_mlp", "shared_experts", "experts")
+        if component in adapted and parameter.dim() > 1:
+            heads = {"w_q": (1, 2), "w_o": (2, 3)}.get(name.rpartition(".")[2], (0, 0))  # are one dimension of theirs
+            *copies, rows, columns = parameter.flatten(*heads).shape
             adapters[f"{component} lora"] += math.prod(copies) * rank * (rows + columns)
     return own, adapters
 
@@ -127,6 +138,8 @@ def enumerated(model: Model, parallel: Parallel, rank: int) -> tuple[Counter[str
         (ODD.model_copy(update={"tie_word_embeddings": True, "moe_layers": ()}), [(1, 1, 1), (3, 1, 2)]),
         (ODD.model_copy(update={"qk_norm": "head", "shared_intermediate_size": 18}), [(1, 1, 1), (2, 3, 2)]),
         (ODD.model_copy(update={"qk_norm": "projection"}), [(1, 1, 1), (2, 3, 2)]),
+        (ROUTED, [(1, 1, 1), (3, 2, 2), (2, 1, 2), (5, 2, 1)]),
+        (ROUTED.model_copy(update={"attention_moe_layers": "all", "moe_layers": ()}), [(1, 1, 1), (1, 2, 2)]),
         ("qwen3-30b-a3b", [(1, 1, 1), (3, 16, 4)]),
         ("olmoe-1b-7b", [(1, 1, 1), (1, 8, 16)]),
         ("mixtral-8x7b", [(1, 1, 1), (4, 2, 1), (1, 8, 1), (2, 2, 4)]),
@@ -135,11 +148,14 @@ def enumerated(model: Model, parallel: Parallel, rank: int) -> tuple[Counter[str
         ("llama-moe-v2-8b", [(1, 4, 8)]),
     ],
 )
+@pytest.mark.parametrize("replicate", [False, True])
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_counts_equal_an_enumeration(model: Model | str, layouts: list[tuple[int, int, int]], zero: int) -> None:
+def test_counts_equal_an_enumeration(
+    model: Model | str, layouts: list[tuple[int, int, int]], zero: int, replicate: bool
+) -> None:
     model = preset(model) if isinstance(model, str) else model
     for dp, ep, tp in layouts:
-        parallel = Parallel(dp=dp, ep=ep, tp=tp, zero=zero)
+        parallel = Parallel(dp=dp, ep=ep, tp=tp, zero=zero, replicate_attention_experts=replicate)
         census = count(model, parallel, Lora(5), train=["norms"])
         own, adapters = enumerated(model, parallel, rank=5)
         assert {part.name: part.rank for part in census.parts} == own + adapters
@@ -148,7 +164,7 @@ def test_counts_equal_an_enumeration(model: Model | str, layouts: list[tuple[int
         assert sum(part.rank for part in everything.parts) == rank.resident
         assert everything.optimized == (rank.owned if zero else rank.resident)
         assert everything.held == (rank.owned if zero == 3 else rank.resident)
-        expert = adapters["experts lora"]
+        expert = adapters["experts lora"] + (0 if replicate else adapters["attention_experts lora"])
         dense = own["norms"] + adapters.total() - expert
         assert census.optimized == (math.ceil(dense / (dp * ep)) + math.ceil(expert / dp) if zero else dense + expert)
         whole_own, whole_adapters = enumerated(model, Parallel(), rank=5)
@@ -157,7 +173,14 @@ def test_counts_equal_an_enumeration(model: Model | str, layouts: list[tuple[int
 
 @pytest.mark.parametrize(
     "model",
-    [ODD, ODD.model_copy(update={"shared_intermediate_size": 18}), "mixtral-8x7b", "llama-3.2-1b", "qwen3-30b-a3b"],
+    [
+        ODD,
+        ROUTED,
+        ODD.model_copy(update={"shared_intermediate_size": 18}),
+        "mixtral-8x7b",
+        "llama-3.2-1b",
+        "qwen3-30b-a3b",
+    ],
 )
 def test_projections_are_all_matrices_of_their_components(model: Model | str) -> None:
     """The weights that adapters sit on have as many parameters as sizes.py says, and as many are active."""
@@ -170,11 +193,13 @@ def test_projections_are_all_matrices_of_their_components(model: Model | str) ->
     counts = parameter_counts(model)
     assert sums == Counter(
         attention=counts.attention,
+        attention_experts=counts.attention_experts,
         dense_mlp=counts.dense_mlp,
         shared_experts=counts.shared_experts,
         experts=counts.experts,
     )
     assert active["experts"] == counts.active_experts and active["attention"] == counts.attention
+    assert active["attention_experts"] == counts.active_attention_experts
 
 
 @pytest.mark.parametrize(("name", "kind"), [("qwen3-30b-a3b", "qwen3_moe"), ("olmoe-1b-7b", "olmoe")])
@@ -189,18 +214,9 @@ def test_families_beside_llama_have_the_parameters_of_transformers(name: str, ki
     assert sum(parameter.numel() for parameter in theirs.parameters()) == parameter_counts(preset(name)).total
 
 
-def test_qwen3_has_the_published_settings() -> None:
-    path = PUBLISHED / "Qwen--Qwen3-30B-A3B_config.json"
-    if not path.is_file():
-        pytest.skip(f"the published config is not at {path}")
-    published = json.loads(path.read_text())
-    ours = read_model("qwen3-30b-a3b")
-    assert ours.pop("num_local_experts") == published["num_experts"]
-    assert ours.pop("router_aux_loss") == "hf_mixtral" and ours.pop("qk_norm") == "head"
-    assert ours == {key: published[key] for key in ours}
-
-
 TOTALS = {
+    "Qwen--Qwen3-30B-A3B_config.json": 30_532_122_624,
+    "veomni_qwen3_moe_toy.json": 999_967_744,
     "Llama-3.2-1B-Instruct_config.json": 1_235_814_400,
     "Llama-3.2-3B-Instruct_config.json": 3_212_749_824,
     "meta-llama--Meta-Llama-3.1-8B_config.json": 8_030_261_248,
@@ -216,7 +232,7 @@ def test_published_configs_are_counted_or_refused_by_family(capsys: pytest.Captu
     counted = set()
     for path in sorted(PUBLISHED.glob("*.json")):
         family = json.loads(path.read_text())["model_type"]
-        if family in HF_FAMILIES:
+        if family in FAMILIES:
             assert numbers(capsys, "--model", str(path))["all"]["parameters"] == TOTALS[path.name], path.name
             counted.add(path.name)
         else:

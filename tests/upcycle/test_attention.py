@@ -14,7 +14,6 @@ from moe_engine.upcycle.receipt import receipt
 from moe_engine.upcycle.transplant import attention_weights, dense_layer, routed_weights, transplant
 from tests.upcycle.small import DENSE, dense_model, tokens
 
-HAS_ATTENTION_EXPERTS = "num_attention_experts" in Model.model_fields
 HEADS, KV, DIM, HIDDEN, LENGTH = 12, 3, 10, 28, 9
 MODEL = Model(
     vocab_size=9, hidden_size=HIDDEN, intermediate_size=8, num_hidden_layers=3, num_attention_heads=HEADS,
@@ -85,14 +84,12 @@ def test_names() -> None:
     assert named["layers.4.attention.router.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(not HAS_ATTENTION_EXPERTS, reason="the model has no attention experts")
 def test_child() -> None:
     child = attention.child(MODEL, Options(attention_experts=6, attention_top_k=2, dense_ends=1)).model_dump()
     assert child["num_attention_experts"] == 6 and child["num_attention_experts_per_tok"] == 2
     assert child["attention_scaling_factor"] == 3 and child["attention_moe_layers"] == (1,)
 
 
-@pytest.mark.skipif(not HAS_ATTENTION_EXPERTS, reason="the model has no attention experts")
 @pytest.mark.parametrize("experts", [2, 6])
 def test_in_the_engine_all_experts_are_the_dense_model(experts: int) -> None:
     options = Options(attention_experts=experts, attention_top_k=experts, attention_scale=experts, top_k=3)

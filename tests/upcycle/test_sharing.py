@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from moe_engine.config import Model
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.upcycle import METHODS, Options, sharing_inner, sharing_inter
 from moe_engine.upcycle.neurons import shared_pool, top
@@ -20,8 +19,6 @@ from tests.upcycle.small import (
     tokens,
     upcycle,
 )
-
-HAS_SHARED = "shared_intermediate_size" in Model.model_fields
 
 
 def test_inner_takes_the_top_of_each_row() -> None:
@@ -74,7 +71,6 @@ def test_pool_sizes(method: str, share: bool, experts: int, residual: int) -> No
         assert relative(total, swiglu_ffn(x, dense)) < 1e-12
 
 
-@pytest.mark.skipif(not HAS_SHARED, reason="the model has no shared expert")
 def test_shared_and_all_routed_experts_are_the_dense_model() -> None:
     parent = dense_model()
     options = Options(experts=7, top_k=7, scale=7.0, share_neurons=False)
@@ -84,7 +80,6 @@ def test_shared_and_all_routed_experts_are_the_dense_model() -> None:
         assert receipt(parent, child, tokens()).max <= 1e-6
 
 
-@pytest.mark.skipif(not HAS_SHARED, reason="the model has no shared expert")
 def test_scales() -> None:
     options = Options(experts=7, top_k=1)
     assert METHODS["residual"].child(DENSE, options).routed_scaling_factor == 1
