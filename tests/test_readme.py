@@ -9,6 +9,7 @@ expect complaints.
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import runpy
@@ -23,7 +24,10 @@ from types import ModuleType
 
 import pytest
 
+from moe_engine.config import Model
 from moe_engine.config_cli import build_parser
+from moe_engine.config_files import read_model
+from moe_engine.config_hf import model_to_hf
 from moe_engine.config_report import KEYS
 from moe_engine.errors import EngineError
 from moe_engine.log import progress_line
@@ -128,6 +132,9 @@ class Checker:
         self.folder = folder
         for name in LINKED:
             (folder / name).symlink_to(ROOT / name)
+        (folder / "Mixtral-8x7B-v0.1").mkdir()  # what the reader has
+        mixtral = model_to_hf(Model.model_validate(read_model("mixtral-8x7b")), "mixtral", "bfloat16", 5, {})
+        (folder / "Mixtral-8x7B-v0.1" / "config.json").write_text(json.dumps(mixtral))
         monkeypatch.chdir(folder)
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the launcher sets it: put back after the test
 

@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--hf", type=Path, required=True, metavar="DIR")
     check.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT")
     check.set_defaults(run=verify)
+    top.epilog = "".join(command.format_usage() for command in (read, write, check))
     return top
 
 
