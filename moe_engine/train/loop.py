@@ -245,6 +245,7 @@ def start_from(trainer: Trainer, path: Path) -> None:
     opened: list[Source] = []
     together(lambda: opened.append(Reader(path) if (path / NAME).is_file() else HfFolder(path)), world)
     together(lambda: load_weights(trainer.engine, opened[0], beat), world)
+    trainer.engine.weights_from_masters()
     together(lambda: keep_for_run(path, Path(trainer.run.train.out)), world, everywhere=False)
     trainer.log.info(f"started with the weights of {path}")
 

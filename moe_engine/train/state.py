@@ -97,9 +97,9 @@ def load_state(engine: ZeroEngine, mesh: Mesh, folder: Path, beat: Callable[[], 
 
 @torch.no_grad()
 def load_weights(engine: ZeroEngine, source: Source, beat: Callable[[], None] = lambda: None) -> None:
-    """Fill the weights from a source that holds a model of the same shapes; each rank reads its own elements.
+    """Fill the masters from a source that holds a model of the same shapes; each rank reads its own elements.
 
-    ConfigError names the weights that differ.
+    ConfigError names the weights that differ. What forward reads follows by `engine.weights_from_masters`, collective.
     """
     by_name = {name: p for p, name in engine.names.items()}
     ours = {name: tuple(note_of(p).shape) for name, p in by_name.items()}
@@ -114,7 +114,6 @@ def load_weights(engine: ZeroEngine, source: Source, beat: Callable[[], None] = 
     for owned in engine.owned():
         beat()
         source.fill("master", piece_of(owned, by_name[owned.name]), owned.master)
-    engine.weights_from_masters()
     biases = source.extra(0) if isinstance(source, Reader) else {}
     for i, router in enumerate(engine.routers):
         if router.expert_bias is not None and f"expert_bias/{i}" in biases:
