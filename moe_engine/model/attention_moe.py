@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moe_engine.config import Model
 from moe_engine.model.attention import Places, document_bias, head_norm, rotate, turns
@@ -76,6 +77,26 @@ def arrange(
     return Arrangement(order_M[:rows], slot_N, counts_P.view(experts, -1).sum(1).int(), groups, longest, bias)
 
 
+class _Take(torch.autograd.Function):
+    """x[index], no row twice: backward writes each gradient to its place, where index_select would add."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, index, grad), None
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return _Take.apply(x, index)  # pyright: ignore[reportReturnType]
+
+
 class AttentionExperts(nn.Module):
     """The experts of this rank, h query heads and a kv head each. Spelled with A experts before ep and tp cut them:
 
@@ -102,7 +123,7 @@ class AttentionExperts(nn.Module):
         k_N1C = rotate(k_norm(k_NC.unsqueeze(1)), *turn)
         q, k, v = (_grouped(rows, at) for rows in (q_NhC, k_N1C, v_NC.unsqueeze(1)))
         a_PhnC = F.scaled_dot_product_attention(q, k, v, attn_mask=at.bias, is_causal=at.bias is None, enable_gqa=True)
-        a_NX = a_PhnC.transpose(1, 2).flatten(0, 1).index_select(0, at.slot_N).flatten(1)
+        a_NX = _take(a_PhnC.transpose(1, 2).flatten(0, 1), at.slot_N).flatten(1)
         return grouped_mm((a_NX * weight_N1).to(x_ND.dtype), self.w_o.flatten(2), at.counts_L)
 
 
@@ -139,7 +160,7 @@ class AttentionMoE(nn.Module):
         experts = self.experts.w_k.shape[0]
         order = arrange(expert_M1.squeeze(1).long(), token_M, position_M, experts, sequences, x_TD.dtype)
         x_ND, weight_N1, position_N1 = (
-            rows.index_select(0, order.row_N) for rows in (rows_MD, ticket_M3[:, :1], position_M.unsqueeze(1))
+            _take(rows, order.row_N) for rows in (rows_MD, ticket_M3[:, :1], position_M.unsqueeze(1))
         )
         turn = turns(position_N1, at.inverse_frequency, x_TD.dtype)
         y_ND = self.experts(x_ND, weight_N1, turn, order, [self.q_norm, self.k_norm])
