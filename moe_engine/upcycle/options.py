@@ -40,7 +40,7 @@ class Options:
         problems = []
         if self.experts < 1:
             problems.append(f"experts {self.experts}: expected 1 or more")
-        if not 1 <= self.top_k <= self.experts:
+        elif not 1 <= self.top_k <= self.experts:
             problems.append(f"top_k {self.top_k}: valid are 1 to {self.experts}, the experts")
         if self.granularity < 1 or self.experts % self.granularity or self.top_k % self.granularity:
             problems.append(

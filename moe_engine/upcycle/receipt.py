@@ -34,15 +34,17 @@ class Receipt(NamedTuple):
 def receipt(parent: Transformer, child: Transformer, tokens_BS: Tensor, expected: Expected = UNSTATED) -> Receipt:
     """Both on tokens_BS (int64) in fp32 and without router noise, one sequence at a time; on one rank."""
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
-    worst, total, agree, largest, elements = 0.0, 0.0, 0, 0.0, 0
+    worst, largest = torch.zeros(()), torch.zeros(())  # torch's maximum keeps a NaN, Python's loses it
+    total, agree, elements = 0.0, 0, 0
     with _still(parent) as before, _still(child) as after:
         for tokens_S in tokens_BS:
             theirs, ours = (model.logits(tokens_S.unsqueeze(0), positions_BS) for model in (before, after))
             difference = (ours - theirs).abs()
-            worst, largest = max(worst, float(difference.max())), max(largest, float(theirs.abs().max()))
+            worst = worst.maximum(difference.max().cpu())
+            largest = largest.maximum(theirs.abs().max().cpu())
             total, elements = total + float(difference.double().sum()), elements + difference.numel()
             agree += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
-    return Receipt(worst, total / elements, agree / tokens_BS.numel(), largest, *expected)
+    return Receipt(float(worst), total / elements, agree / tokens_BS.numel(), float(largest), *expected)
 
 
 @contextmanager
