@@ -22,6 +22,7 @@ OPTIONAL = (
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
     *("tie_word_embeddings", "initializer_range"),
 )
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 NO_EFFECT = frozenset(
     "architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label is_encoder_decoder label2id "
     "max_window_layers model_type name_or_path _name_or_path output_attentions output_hidden_states "
@@ -199,24 +200,15 @@ def model_to_hf(
     carried: the config.json that the weights came with, whose other keys (token ids) stay. ConfigError names what
     another family would be needed for.
     """
-    family = FAMILIES[kind]
     gone = {"torch_dtype", "dtype", "rope_theta", "rope_scaling", "rope_parameters"}
     gone |= {"transformers_version"} if version else set()
     version = version or spelling_of(carried)
     if carried.get("model_type") != kind:  # of the dense parent, say
-        gone |= set(carried) - NO_EFFECT - {*SIZES, *OPTIONAL, *HARMLESS}
+        gone |= set(carried) - NO_EFFECT
+    if "num_experts" in FAMILIES[kind].routing.values():
+        gone.add("num_local_experts")
     config = {key: value for key, value in carried.items() if key not in gone}
-    config |= {"architectures": [family.architecture], "model_type": kind, "hidden_act": "silu"}
-    config |= {key: getattr(model, key) for key in SIZES + OPTIONAL}
-    if family.routing:
-        config |= {theirs: _plain(getattr(model, key)) for key, theirs in family.routing.items()}
-    config |= rope_to_hf(model, version) | {"dtype" if version > 4 else "torch_dtype": dtype}
-    if kind == "mixtral":
-        config["sliding_window"] = None
-    if kind == "qwen3_moe":
-        dense = [i for i in range(model.num_hidden_layers) if not model.is_moe(i)]
-        config |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-        config.pop("num_local_experts", None)
+    config |= keys_of(model, kind, version) | {"dtype" if version > 4 else "torch_dtype": dtype}
     if lost := differences(model, model_from_hf(config)):
         refuse(
             f"{key}: {shown(ours)} cannot be written as {kind}, which has {shown(theirs)}"
@@ -225,14 +217,28 @@ def model_to_hf(
     return config
 
 
+def keys_of(model: Model, kind: str, version: int) -> dict[str, Any]:
+    """What the config.json of a family says of a model, in the spelling of transformers `version`."""
+    config = {"architectures": [FAMILIES[kind].architecture], "model_type": kind, "hidden_act": "silu"}
+    config |= {key: getattr(model, key) for key in SIZES + OPTIONAL}
+    config |= {theirs: getattr(model, key) for key, theirs in FAMILIES[kind].routing.items()}
+    if kind == "mixtral":
+        config["sliding_window"] = None
+    if kind == "qwen3_moe":
+        dense = [i for i in range(model.num_hidden_layers) if not model.is_moe(i)]
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    return config | rope_to_hf(model, version)
+
+
 def spelling_of(config: Mapping[str, Any]) -> int:
     """Whose spelling a config.json is in: transformers' 4 or 5."""
     return 4 if "torch_dtype" in config or "rope_theta" in config else 5
 
 
 def dtype_of(config: Mapping[str, Any]) -> str | None:
-    """torch's name of the dtype that a config.json gives, None if it gives none."""
-    return config.get("dtype") or config.get("torch_dtype")
+    """torch's name of the dtype that a config.json gives, None if it gives none that weights may have."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    return name if name in DTYPES else None
 
 
 def rope_to_hf(model: Model, version: int) -> dict[str, Any]:
@@ -263,9 +269,7 @@ def family_of(model: Model) -> str:
     """The model_type that holds a model; ConfigError when none does, with what stands against the nearest."""
     problems: dict[str, dict[str, tuple[Any, Any]]] = {}
     for kind in FAMILIES:
-        config = {"model_type": kind} | {key: getattr(model, key) for key in SIZES + OPTIONAL} | rope_to_hf(model, 5)
-        config |= {theirs: _plain(getattr(model, key)) for key, theirs in FAMILIES[kind].routing.items()}
-        problems[kind] = differences(model, model_from_hf(config))
+        problems[kind] = differences(model, model_from_hf(keys_of(model, kind, 5)))
         if not problems[kind]:
             return kind
     kind, lost = min(problems.items(), key=lambda item: len(item[1]))
@@ -273,7 +277,3 @@ def family_of(model: Model) -> str:
         f"model.{key}: no Hugging Face family of {', '.join(FAMILIES)} holds {shown(ours)}; {kind} has {shown(theirs)}"
         for key, (ours, theirs) in lost.items()
     )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
