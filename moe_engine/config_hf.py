@@ -22,6 +22,7 @@ OPTIONAL = (
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
     *("tie_word_embeddings", "initializer_range"),
 )
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 NO_EFFECT = frozenset(
     "architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label is_encoder_decoder label2id "
     "max_window_layers model_type name_or_path _name_or_path output_attentions output_hidden_states "
@@ -261,19 +262,15 @@ def model_to_hf(
     carried: the config.json that the weights came with, whose other keys (token ids) stay. ConfigError names what
     another family would be needed for.
     """
-    family = FAMILIES[kind]
     gone = {"torch_dtype", "dtype", "rope_theta", "rope_scaling", "rope_parameters"}
     gone |= {"transformers_version"} if version else set()
     version = version or spelling_of(carried)
     if not carried or family_in(carried) != kind:  # of the dense parent, say
-        gone |= set(carried) - NO_EFFECT - {*SIZES, *OPTIONAL, *HARMLESS}
+        gone |= set(carried) - NO_EFFECT
+    if "num_experts" in FAMILIES[kind].routing.values():
+        gone.add("num_local_experts")
     config = {key: value for key, value in carried.items() if key not in gone}
-    config |= written(model, kind) | {"architectures": [family.architecture], "hidden_act": "silu"}
-    config |= rope_to_hf(model, version) | {"dtype" if version > 4 else "torch_dtype": dtype}
-    if config["model_type"] == "mixtral":
-        config["sliding_window"] = None
-    if kind == "qwen3_moe":
-        config.pop("num_local_experts", None)  # num_experts says it
+    config |= keys_of(model, kind, version) | {"dtype" if version > 4 else "torch_dtype": dtype}
     if lost := differences(model, model_from_hf(config)):
         refuse(
             f"{key}: {shown(ours)} cannot be written as {kind}, which has {shown(theirs)}"
@@ -282,22 +279,27 @@ def model_to_hf(
     return config
 
 
+def keys_of(model: Model, kind: str, version: int) -> dict[str, Any]:
+    """What the config.json of a family says of a model, in the spelling of transformers `version`."""
+    family = FAMILIES[kind]
+    config: dict[str, Any] = {"architectures": [family.architecture], "hidden_act": "silu"}
+    config |= {key: getattr(model, key) for key in SIZES + OPTIONAL}
+    config |= {theirs: getattr(model, key) for key, theirs in family.routing.items()}
+    config |= family.write(model) | {"model_type": "mixtral" if kind == "llama_moe_v2" else kind}
+    if config["model_type"] == "mixtral":
+        config["sliding_window"] = None
+    return config | rope_to_hf(model, version)
+
+
 def spelling_of(config: Mapping[str, Any]) -> int:
     """Whose spelling a config.json is in: transformers' 4 or 5."""
     return 4 if "torch_dtype" in config or "rope_theta" in config else 5
 
 
 def dtype_of(config: Mapping[str, Any]) -> str | None:
-    """torch's name of the dtype that a config.json gives, None if it gives none."""
-    return config.get("dtype") or config.get("torch_dtype")
-
-
-def written(model: Model, kind: str) -> dict[str, Any]:
-    """The keys of sizes and routing as one of FAMILIES has them."""
-    family = FAMILIES[kind]
-    config: dict[str, Any] = {key: getattr(model, key) for key in SIZES + OPTIONAL}
-    config |= {theirs: getattr(model, key) for key, theirs in family.routing.items()}
-    return config | family.write(model) | {"model_type": "mixtral" if kind == "llama_moe_v2" else kind}
+    """torch's name of the dtype that a config.json gives, None if it gives none that weights may have."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    return name if name in DTYPES else None
 
 
 def rope_to_hf(model: Model, version: int) -> dict[str, Any]:
@@ -329,7 +331,7 @@ def family_of(model: Model) -> str:
     """The model_type that holds a model; ConfigError when none does, with what stands against the nearest."""
     problems: dict[str, dict[str, tuple[Any, Any]]] = {}
     for kind in FAMILIES:
-        problems[kind] = differences(model, model_from_hf(written(model, kind) | rope_to_hf(model, 5)))
+        problems[kind] = differences(model, model_from_hf(keys_of(model, kind, 5)))
         if not problems[kind]:
             return kind
     kind, lost = min(problems.items(), key=lambda item: len(item[1]))
