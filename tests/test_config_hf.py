@@ -178,9 +178,11 @@ def test_what_no_family_holds_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"model\.norm_topk_prob: no Hugging Face family .* mixtral has True"):
         family_of(of_preset("llama-3.2-3b-moe-8x-half"))
     tiny = of_preset("tiny")
-    for change in ({"shared_intermediate_size": 16}, {"moe_layers": (0,)}, {"num_attention_experts": 4}):
+    for change in ({"moe_layers": (0,)}, {"num_attention_experts": 4, "qk_norm": "head"}):
         with pytest.raises(ConfigError, match=rf"model\.{next(iter(change))}: no Hugging Face family"):
             family_of(tiny.model_copy(update=change))
+    for change in ({"shared_intermediate_size": 16}, {"num_attention_experts": 4}):
+        assert family_of(tiny.model_copy(update=change)) == "llama_moe_v2"
     with pytest.raises(ConfigError, match="qk_norm: 'head' cannot be written as mixtral, which has 'none'"):
         model_to_hf(tiny.model_copy(update={"qk_norm": "head"}), "mixtral", "bfloat16", 5, {})
 
