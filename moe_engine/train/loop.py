@@ -176,33 +176,29 @@ def row(
     run = trainer.run
     tokens = run.train.global_batch * run.train.seq_length
     flops = tokens * step_flops_per_token(run.model, run.train.seq_length)
-    attention = {}
+    extra: dict[str, Any] = {"skipped": report.skipped} if report.skipped else {}
     if layers := [i for i in range(run.model.num_hidden_layers) if run.model.is_attention_moe(i)]:
-        attention = {"attention_moe_layers": layers, "attention_load": report.attention_load_NE.tolist()}
+        extra |= {"attention_moe_layers": layers, "attention_load": report.attention_load_NE.tolist()}
     domains = dict(zip(trainer.loader.domains, report.domain_loss_D.tolist(), strict=True))
-    return (
-        {
-            "step": step,
-            "loss": report.loss,
-            "lm_loss": report.lm_loss,
-            "aux_loss": report.aux_loss,
-            "aux_loss_hf": report.aux_loss_hf,
-            "z_loss": report.z_loss,
-            "grad_norm": report.grad_norm,
-            "lr": lr,
-            "tokens": tokens_seen,
-            "labelled_tokens": report.tokens,
-            "tokens_per_s": tokens / seconds,
-            "mfu": flops / seconds / (peak * trainer.mesh.world.size),
-            "step_s": seconds,
-            "domain_loss": {name: loss for name, loss in domains.items() if not math.isnan(loss)},
-            "moe_layers": [i for i in range(run.model.num_hidden_layers) if run.model.is_moe(i)],
-            "expert_load": report.load_NE.tolist(),
-            "dropped": [int(n) for n in report.dropped_N.tolist()],
-        }
-        | attention
-        | ({"skipped": report.skipped} if report.skipped else {})
-    )
+    return {
+        "step": step,
+        "loss": report.loss,
+        "lm_loss": report.lm_loss,
+        "aux_loss": report.aux_loss,
+        "aux_loss_hf": report.aux_loss_hf,
+        "z_loss": report.z_loss,
+        "grad_norm": report.grad_norm,
+        "lr": lr,
+        "tokens": tokens_seen,
+        "labelled_tokens": report.tokens,
+        "tokens_per_s": tokens / seconds,
+        "mfu": flops / seconds / (peak * trainer.mesh.world.size),
+        "step_s": seconds,
+        "domain_loss": {name: loss for name, loss in domains.items() if not math.isnan(loss)},
+        "moe_layers": [i for i in range(run.model.num_hidden_layers) if run.model.is_moe(i)],
+        "expert_load": report.load_NE.tolist(),
+        "dropped": [int(n) for n in report.dropped_N.tolist()],
+    } | extra
 
 
 def resume(trainer: Trainer) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""One model on several ranks and on one: losses, statistics and every gradient are the same. Runs on every rank."""
+"""One model on several ranks and on one: the objective and every gradient are the same. Runs on every rank."""
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ def batch(vocab_size: int, sequences: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, positions, labels
 
 
-def objective(model: Transformer, config: Model, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum of token losses plus the router losses weighted by the tokens, and the packed statistics."""
+def objective(model: Transformer, inputs: list[Tensor]) -> Tensor:
+    """Sum of token losses plus the router losses, weighted by the tokens."""
     loss_T, packed = model(*inputs)
-    return loss_T.sum() + loss_T.numel() * router_loss(config, unpack_stats(packed)), packed
+    return loss_T.sum() + loss_T.numel() * router_loss(model.config, unpack_stats(packed))
 
 
 def compare(config: Model, layout: tuple[int, int, int], recompute: str = "none", **options: bool) -> None:
@@ -37,11 +37,10 @@ def compare(config: Model, layout: tuple[int, int, int], recompute: str = "none"
     whole, part = Transformer(config, Mesh()), Transformer(config, mesh, recompute, **options)
     initialise(whole, 0)
     initialise(part, 0)
-    inputs = batch(config.vocab_size, 3 * mesh.data.size)
-    truth, _ = objective(whole, config, inputs)
+    inputs = list(batch(config.vocab_size, 3 * mesh.data.size))
+    truth = objective(whole, inputs)
     truth.backward()
-    mine = mesh.data.cut(len(inputs[0]))
-    ours, _ = objective(part, config, tuple(x[mine] for x in inputs))  # pyright: ignore[reportArgumentType]
+    ours = objective(part, [x[mesh.data.cut(len(x))] for x in inputs])
     ours.backward()
     total = ours.detach().clone()
     torch.distributed.all_reduce(total)
