@@ -11,14 +11,15 @@ environment. Paths are relative to the working directory.
 import argparse
 import re
 import textwrap
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from pydantic import ValidationError
 
-from moe_engine.config import Model, Run
+from moe_engine.config import Model, Run, Train
 from moe_engine.config_deepspeed import apply_deepspeed
-from moe_engine.config_files import parse_yaml, preset_names, read_mapping, read_model
+from moe_engine.config_files import parse_yaml, preset_names, read_mapping, read_model, whose_model
 from moe_engine.config_layout import derive, layout_problems, without_effect
 from moe_engine.config_report import KEYS, edits, problem_lines, refuse, shown, unknown_setting, validation_problems
 from moe_engine.config_report import nearest as nearest_name
@@ -206,9 +207,10 @@ class Sources:
                 self.put(section, key, flags[name], flag)
         for assignment in flags.get("set", []):
             self.read_assignment(assignment)
-        start = self.values.get("train", {}).get("init_from")
-        if start and "preset" not in self.values.get("model", {}):
-            self.put("model", "preset", start, "train.init_from")
+        train = {"out": Train.model_fields["out"].default, "resume": None} | self.values.get("train", {})
+        if (start := train.get("init_from")) and "preset" not in self.values.get("model", {}):
+            preset = whose_model(*map(str, (start, train["resume"] or "", train["out"])))
+            self.put("model", "preset", preset, "train.init_from")
         return self.values, self.origin
 
     def put(self, section: str, key: str, value: Any, source: str) -> None:
@@ -260,6 +262,10 @@ def read_base(values: dict[str, dict[str, Any]], problems: list[str]) -> dict[st
     preset = values.get("model", {}).pop("preset", DEFAULT_MODEL)
     if preset is None:
         return {}
+    start = values.get("train", {}).get("init_from")
+    if preset == start and not any(Path(str(start), name).is_file() for name in ("config.json", "manifest.json")):
+        problems.append(f"train.init_from: found {shown(start)}, expected a Hugging Face folder or a checkpoint")
+        return None
     try:
         base = read_model(str(preset))
     except ConfigError as error:

@@ -9,6 +9,7 @@ A model is named by a preset (`configs/models/NAME.yaml`), by the path of such a
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -118,6 +119,18 @@ def model_of_checkpoint(manifest: Path) -> dict[str, Any]:
         return dict(json.loads(manifest.read_bytes())["run"]["model"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         refuse([f"{manifest}: names no model ({type(error).__name__})"])
+
+
+def whose_model(start: str, resume: str, out: str) -> str:
+    """The folder that says what model a run has which starts with the weights of `start`: that one, or, once it is
+    gone, the checkpoint that is resumed. resume: "auto" (in `out`), a path, or empty."""
+    if resume and not Path(start).exists():
+        steps = Path(out, "checkpoints").glob("step-*/manifest.json")
+        for manifest in sorted(steps if resume == "auto" else [Path(resume, "manifest.json")], reverse=True):
+            with suppress(ConfigError):
+                model_of_checkpoint(manifest)
+                return str(manifest.parent)
+    return start
 
 
 def read_model(name: str) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class ZeroEngine:
             )[0]
         # the object that keeps flat fp32 partitions; stage 0, which is fp32, steps the weights themselves
         self.flat: Any = None if self.stage == 0 else self.engine.optimizer
-        if mesh.data.size == 1 and not hasattr(self.engine.optimizer, "reduce_gradients"):
+        if mesh.data.size == 1 and self.stage < 3 and not hasattr(self.engine.optimizer, "reduce_gradients"):
             self.engine.enable_backward_allreduce = False  # it would copy every gradient to a bucket and back
         for router in self.routers:  # DeepSpeed cast every buffer to bf16; biases are fp32, and zero at this point
             if router.expert_bias is not None:

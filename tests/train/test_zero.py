@@ -57,8 +57,9 @@ def test_stages_agree_in_fp32(layout: tuple[int, int, int]):
                 np.testing.assert_allclose(part, slices[name], rtol=1e-4, atol=1e-6, err_msg=f"{kind} {name}")
 
 
-def test_stage_3_agrees_where_it_is_allowed():
-    two, three, offloaded = run_stages((2, 1, 1), [{"zero": 2}, {"zero": 3}, {"zero": 3, "offload_optimizer": True}])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1)])
+def test_stage_3_agrees_where_it_is_allowed(layout: tuple[int, int, int]):
+    two, three, offloaded = run_stages(layout, [{"zero": 2}, {"zero": 3}, {"zero": 3, "offload_optimizer": True}])
     for losses, norms, _ in (three, offloaded):
         assert losses == pytest.approx(two[0], rel=1e-5)
         assert norms == pytest.approx(two[1], rel=1e-5)

@@ -33,6 +33,7 @@ def side_files(folder: Path) -> dict[str, bytes]:
 def keep_for_run(source: Path, out: Path) -> None:
     """Copy them to OUT/hf, so that every checkpoint of the run can be exported with them."""
     files = of_checkpoint(source)
+    disk.remove(out / OF_A_RUN)  # of an earlier start
     disk.make_folder(out / OF_A_RUN)
     for name, content in files.items():
         disk.write_file(out / OF_A_RUN / name, [content])

@@ -1,0 +1,188 @@
+"""A run that starts with weights: every rank holds the folder's elements, the first loss is that of transformers."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_engine.checkpoint.hf.folder import HfFolder
+from moe_engine.checkpoint.hf.read import read_hf
+from moe_engine.checkpoint.reader import Reader
+from moe_engine.config import Run
+from moe_engine.errors import EngineError
+from moe_engine.log import read_rows
+from moe_engine.parallel.local_ranks import run_on_ranks
+from moe_engine.parallel.mesh import Mesh, build_mesh
+from moe_engine.parallel.weight import note_of
+from moe_engine.train.loop import fit, resume
+from tests.checkpoint.hf.small import save, tensors_of, theirs, transformers
+from tests.train.small import loop_run, part_of, trainer_of
+from tools.faults.arena import make_corpus
+
+Layout = tuple[int, int, int]
+LAYER, MOE = "model.layers.{}.", "model.layers.{}.block_sparse_moe."
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(theirs("mixtral", vocab_size=264), tmp_path_factory.mktemp("hf") / "hf")
+
+
+def whole_weights(hf: Path) -> dict[str, Tensor]:
+    """Every weight of the engine, put together by hand from the tensors of a Mixtral of 3 layers and 4 experts."""
+    t = tensors_of(hf)
+    out = {"embedding.weight": t["model.embed_tokens.weight"], "norm.weight": t["model.norm.weight"]}
+    out["head.weight"] = t["lm_head.weight"]
+    for i in range(3):
+        layer, moe = LAYER.format(i), MOE.format(i)
+        out[f"layers.{i}.attention_norm.weight"] = t[layer + "input_layernorm.weight"]
+        out[f"layers.{i}.ffn_norm.weight"] = t[layer + "post_attention_layernorm.weight"]
+        out |= {f"layers.{i}.attention.{x}.weight": t[f"{layer}self_attn.{x}_proj.weight"] for x in "qkvo"}
+        out[f"layers.{i}.ffn.router.weight"] = t[moe + "gate.weight"]
+        w1, w2, w3 = ([t[f"{moe}experts.{e}.w{n}.weight"] for e in range(4)] for n in (1, 2, 3))
+        out[f"layers.{i}.ffn.experts.w_gate_up"] = torch.stack([torch.stack(pair) for pair in zip(w1, w3, strict=True)])
+        out[f"layers.{i}.ffn.experts.w_down"] = torch.stack(w2)
+    return out
+
+
+def run_from(source: Path, corpus: Path, out: Path, layout: Layout, **settings: Any) -> Run:
+    """One step with the model of `source`; attention does not stop at documents, as in transformers."""
+    model = HfFolder(source).model.model_copy(update=settings.pop("model", {}))
+    train = {"init_from": str(source), "steps": 1} | settings.pop("train", {})
+    run = loop_run(corpus, out, layout, settings=settings, **train)
+    return run.model_copy(update={"model": model, "data": run.data.model_copy(update={"document_mask": False})})
+
+
+def start(run: Run, mesh: Mesh, hf: Path) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """Start one run and check every element that this rank holds; then one step.
+
+    Returns the elements of masters that are first copies, those of the whole model, and tokens and labels of the step.
+    """
+    trainer, wanted = trainer_of(run, mesh), whole_weights(hf)
+    assert resume(trainer) == (0, 0)
+    engine, firsts = trainer.engine, 0
+    by_name = {name: p for p, name in engine.names.items()}
+    assert by_name.keys() == wanted.keys()
+    for owned in engine.owned():
+        local = wanted[owned.name][note_of(by_name[owned.name]).local_slices()].flatten()
+        assert torch.equal(owned.master.float(), local[owned.start : owned.start + owned.master.numel()]), owned.name
+        firsts += owned.master.numel() if owned.first_copy else 0
+    for name, parameter in by_name.items() if run.parallel.zero < 3 else ():
+        assert torch.equal(parameter, part_of(wanted[name], parameter).to(parameter.dtype)), name
+    place = trainer.loader.state()
+    batches = trainer.loader.next_step()
+    trainer.loader.load_state(place)
+    fit(trainer)
+    trainer.log.close()
+    tokens, labels = (torch.cat([batch[field] for batch in batches]).numpy() for field in (0, 1))
+    return firsts, sum(w.numel() for w in wanted.values()), tokens, labels
+
+
+FP32 = [{"zero": zero} for zero in (0, 1, 2)]
+KINDS = [*FP32, *({"zero": zero, "precision": "bf16"} for zero in (1, 2))]
+STAGE_3 = [{"zero": 3}, {"zero": 3, "precision": "bf16"}]
+
+
+@pytest.mark.parametrize(
+    ("layout", "kinds"),
+    [((1, 1, 1), KINDS + STAGE_3), ((2, 2, 1), KINDS), ((1, 2, 2), KINDS), ((2, 1, 2), STAGE_3)],
+)
+def test_every_rank_holds_the_folders_weights_and_the_first_loss_is_transformers(
+    layout: Layout, kinds: list[dict[str, Any]], hf: Path, corpus: Path, tmp_path: Path
+) -> None:
+    def on_rank(rank: int) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
+        mesh = build_mesh(*layout)
+        return [
+            start(run_from(hf, corpus, tmp_path / str(i), layout, **kind), mesh, hf) for i, kind in enumerate(kinds)
+        ]
+
+    dp, ep, tp = layout
+    ranks = run_on_ranks(on_rank, dp * ep * tp)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    for i, kind in enumerate(kinds):
+        assert sum(rank[i][0] for rank in ranks) == ranks[0][i][1], kind
+        tokens, labels = (
+            torch.from_numpy(np.concatenate([rank[i][field] for rank in ranks[::tp]])) for field in (2, 3)
+        )
+        with torch.no_grad():
+            loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        (row,) = read_rows(tmp_path / str(i) / "metrics.jsonl")
+        close = 2**-8 if "precision" in kind else 1e-5
+        assert row["lm_loss"] == pytest.approx(float(loss), rel=close), kind
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 4, 1), (2, 1, 2)])
+def test_a_run_starts_from_a_run_of_another_layout_with_its_biases(
+    layout: Layout, hf: Path, corpus: Path, tmp_path: Path
+) -> None:
+    biased = {"expert_bias_update_rate": 0.05}
+
+    def write(rank: int) -> None:
+        run = run_from(hf, corpus, tmp_path / "first", (2, 2, 1), model=biased, train={"steps": 3})
+        trainer = trainer_of(run, build_mesh(2, 2, 1))
+        fit(trainer)
+        trainer.log.close()
+
+    run_on_ranks(write, 4)
+    folder = tmp_path / "first" / "checkpoints" / "step-00000003"
+
+    def read(rank: int) -> None:
+        run = run_from(hf, corpus, tmp_path / "second", layout, model=biased, train={"init_from": str(folder)})
+        trainer, reader = trainer_of(run, build_mesh(*layout)), Reader(folder)
+        assert resume(trainer) == (0, 0)
+        for parameter, name in trainer.engine.names.items():
+            assert torch.equal(parameter, part_of(reader.whole(name), parameter)), name
+        extra = [reader.extra(writer) for writer in range(4)]
+        for i, router in enumerate(trainer.engine.routers):
+            assert router.expert_bias is not None and router.expert_bias.abs().max() > 0.01
+            assert all(torch.equal(router.expert_bias, each[f"expert_bias/{i}"]) for each in extra)
+        assert trainer.loader.state() == trainer_of(run, trainer.mesh).loader.state()  # the data start anew
+        trainer.log.close()
+
+    run_on_ranks(read, layout[0] * layout[1] * layout[2])
+    for name in ("config.json", "tokenizer.model"):  # handed on from run to run
+        assert (tmp_path / "second" / "hf" / name).read_bytes() == (hf / name).read_bytes()
+
+
+def alone(run: Run) -> tuple[str, dict[str, np.ndarray]]:
+    """Start a run on one rank; what it was refused for, and its weights."""
+
+    def on_rank(rank: int) -> tuple[str, dict[str, np.ndarray]]:
+        trainer = trainer_of(run, build_mesh(1, 1, 1))
+        try:
+            resume(trainer)
+        except EngineError as error:
+            return str(error), {}
+        return "", {name: p.detach().numpy().copy() for p, name in trainer.engine.names.items()}
+
+    return run_on_ranks(on_rank, 1)[0]
+
+
+def test_an_imported_checkpoint_is_the_folder(hf: Path, corpus: Path, tmp_path: Path) -> None:
+    imported = tmp_path / "imported"
+    read_hf(HfFolder(hf), imported)
+    for out, source in (("a", hf), ("b", imported)):
+        _, found = alone(run_from(hf, corpus, tmp_path / out, (1, 1, 1), train={"init_from": str(source)}))
+        assert found.keys() == whole_weights(hf).keys()
+        assert all((found[name] == weight.numpy()).all() for name, weight in whole_weights(hf).items()), source
+
+
+def test_other_shapes_are_refused_and_side_files_of_another_start_go(hf: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "hf").mkdir(parents=True)
+    (out / "hf" / "vocab.json").write_text("{}")
+    refusal, _ = alone(run_from(hf, corpus, out, (1, 1, 1), model={"moe_intermediate_size": 32}))
+    assert re.search(r"6 weights are not those of the model, .*w_down .* \(4, 32, 24\) there", refusal), refusal
+    assert (out / "hf" / "vocab.json").exists()
+    assert alone(run_from(hf, corpus, out, (1, 1, 1)))[0] == ""
+    assert not (out / "hf" / "vocab.json").exists() and (out / "hf" / "tokenizer.model").exists()
