@@ -173,6 +173,7 @@ class ZeroEngine:
         names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
         return next(getattr(self.flat, name) for name in names if hasattr(self.flat, name))
 
+    @torch.no_grad()
     def weights_from_masters(self) -> None:
         """After the masters were written: the weights that forward reads, on every rank."""
         if self.stage == 3:
