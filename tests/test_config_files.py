@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_engine.config import Model
-from moe_engine.config_files import parse_yaml, preset_names, read_mapping, read_model
+from moe_engine.config_files import parse_yaml, preset_names, read_mapping, read_model, whose_model
 from moe_engine.config_hf import model_from_hf
 from moe_engine.errors import ConfigError
 
@@ -129,3 +129,17 @@ def test_presets_name_their_source() -> None:
         path = Path(__file__).resolve().parent.parent / "configs" / "models" / f"{name}.yaml"
         assert path.read_text().startswith("# ") and "ource" in path.read_text().split("\n")[0]
         Model.model_validate(read_model(name))
+
+
+def test_the_model_of_a_start_that_is_gone_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    out, start = tmp_path / "out", str(tmp_path / "start")
+    for step, text in ((2, '{"run": {"model": {"hidden_size": 8}}}'), (10, '{"run": {"model": {"hid')):
+        (out / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        (out / "checkpoints" / f"step-{step:08d}" / "manifest.json").write_text(text)
+    whole, damaged = sorted(str(path) for path in (out / "checkpoints").iterdir())
+    assert whose_model(start, "auto", str(out)) == whose_model(start, whole, "elsewhere") == whole
+    assert start == whose_model(start, damaged, str(out)) == whose_model(start, "", str(out))
+    assert start == whose_model(start, "auto", str(tmp_path / "other"))
+    assert read_model(whole) == {"hidden_size": 8}
+    Path(start).mkdir()
+    assert whose_model(start, "auto", str(out)) == start

@@ -1,6 +1,5 @@
 """A checkpoint, imported or of a run, to a Hugging Face folder: what is written when nobody says otherwise."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,8 +7,7 @@ import torch
 
 from moe_engine.checkpoint.hf.carried import of_checkpoint
 from moe_engine.checkpoint.hf.families import TABLES
-from moe_engine.checkpoint.hf.folder import CONFIG
-from moe_engine.checkpoint.hf.write import Target, refuse_biases, write_hf
+from moe_engine.checkpoint.hf.write import Target, carried_config, refuse_biases, write_hf
 from moe_engine.checkpoint.manifest import NAME, problems_of
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.weights_only import Beat, Written
@@ -63,8 +61,7 @@ def target_of(manifest: dict[str, Any], model: Model, side: dict[str, bytes], wi
     layout = wishes.layout or (came.get("layout") if came.get("layout") in layouts else layouts[0])
     dtype = wishes.dtype
     if dtype is None and not came:  # masters are fp32, whatever the run computed in
-        carried = json.loads(side[CONFIG]) if CONFIG in side else {}
         run = "bfloat16" if manifest["run"]["train"]["precision"] == "bf16" else "float32"
-        dtype = dtype_of(carried) or run
+        dtype = dtype_of(carried_config(side)) or run
     kind = getattr(torch, dtype) if dtype else None
     return Target(family, layout, kind, wishes.version, side, int(wishes.shard_gb * 1e9))

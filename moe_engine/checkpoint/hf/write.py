@@ -23,6 +23,7 @@ from moe_engine.checkpoint.shard import Digest, Entry, stream_shard
 from moe_engine.checkpoint.weights_only import Beat, Weights, Written, hash_of, write_bytes
 from moe_engine.config import Model
 from moe_engine.config_hf import FAMILIES, dtype_of, family_in, model_from_hf, model_to_hf, spelling_of
+from moe_engine.config_report import shown
 from moe_engine.errors import ConfigError, DataError
 
 SHARD_BYTES = 5 * 10**9  # as transformers
@@ -111,11 +112,7 @@ def refuse_biases(model: Model) -> None:
 
 def config_text(model: Model, target: Target, entries: Mapping[str, Entry]) -> bytes:
     """config.json: the one that came along, byte for byte, where it says all; else written anew."""
-    old = target.side.get(CONFIG)
-    try:
-        carried = json.loads(old) if old else {}
-    except ValueError as error:
-        raise DataError(f"the config.json that came with the weights is no JSON ({error})") from None
+    old, carried = target.side.get(CONFIG), carried_config(target.side)
     count: dict[torch.dtype, int] = {}
     for entry in entries.values():
         count[entry.dtype] = count.get(entry.dtype, 0) + entry.nbytes
@@ -126,6 +123,17 @@ def config_text(model: Model, target: Target, entries: Mapping[str, Entry]) -> b
         if config == model_to_hf(model_from_hf(carried), target.family, said, target.version, carried):
             return old
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def carried_config(side: Mapping[str, bytes]) -> dict[str, Any]:
+    """The config.json among the files that go along; empty without one. DataError when it cannot be read."""
+    try:
+        carried = json.loads(side.get(CONFIG, b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the config.json that came with the weights is no JSON ({error})") from None
+    if not isinstance(carried, dict):
+        raise DataError(f"the config.json that came with the weights holds {shown(carried)}, expected a mapping")
+    return carried
 
 
 def cut(entries: Mapping[str, Entry], shard_bytes: int) -> dict[str, list[str]]:
