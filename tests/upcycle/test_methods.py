@@ -97,6 +97,9 @@ def test_receipt_measures_and_checks() -> None:
     assert found.mean == pytest.approx(float(difference.mean()), rel=1e-4)
     assert 0 < found.argmax_agreement < 1 and not found.holds and found.expected == "exact: not really"
     assert receipt(parent, other, tokens()).holds  # nothing is claimed, nothing is missed
+    other.layers[1].get_submodule("attention.q").weight.fill_(torch.nan)  # pyright: ignore
+    broken = receipt(parent, other, tokens(), Expected("exact: not really", 1e-5))
+    assert broken.max != broken.max and not broken.holds, "a NaN is a difference"
 
 
 def test_receipt_is_in_fp32_without_router_noise_and_leaves_the_models() -> None:
