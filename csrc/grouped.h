@@ -20,9 +20,9 @@ namespace moe_engine {
 
 constexpr int64_t kRows = 192;    // most rows of a task
 constexpr int64_t kEven = 12;     // the size of an expert's blocks of rows is a multiple of it, as the tiles divide it
-constexpr int64_t kNarrow = 128;  // columns of a task of dot
-constexpr int64_t kWide = 256;    // columns of a task of times_panels
-constexpr int64_t kFlat = 96;     // rows of dw of a task of gradient
+constexpr int64_t kNarrow = 256;  // columns of a task of dot
+constexpr int64_t kWide = 512;    // columns of a task of times_panels
+constexpr int64_t kFlat = 192;    // rows of dw of a task of gradient
 constexpr int64_t kStrip = 512;   // columns of dw that are summed at once over more rows than a panel holds
 
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
@@ -35,7 +35,7 @@ struct Task {
 
 // Where each expert's rows lie.
 struct Groups {
-  std::vector<int64_t> start{0};
+  std::vector<int64_t> start{0}, by_size;  // by_size: the experts, those with the most rows first
 
   Groups(const at::Tensor& counts_, int64_t rows) {
     at::Tensor counts = counts_.contiguous();
@@ -45,15 +45,18 @@ struct Groups {
     }
     TORCH_CHECK_VALUE(total() <= rows, "found counts that sum to ", total(), ", expected at most ", rows,
                       ", the number of rows");
+    for (int64_t e = 0; e < experts(); e++) by_size.push_back(e);
+    std::stable_sort(by_size.begin(), by_size.end(), [&](int64_t a, int64_t b) { return size(a) > size(b); });
   }
   int64_t experts() const { return start.size() - 1; }
   int64_t total() const { return start.back(); }
+  int64_t size(int64_t e) const { return start[e + 1] - start[e]; }
 
   // Blocks of rows, of nearly one size in an expert, and columns; those that read the same weights follow each other.
   std::vector<Task> blocks(int64_t width, int64_t wide) const {
     std::vector<Task> tasks;
-    for (int64_t e = 0; e < experts(); e++) {
-      int64_t count = start[e + 1] - start[e], parts = blocks_of(count, kRows);
+    for (int64_t e : by_size) {
+      int64_t count = size(e), parts = blocks_of(count, kRows);
       int64_t tall = count ? round_up(blocks_of(count, parts), kEven) : 0;
       for (int64_t column = 0; column < width; column += wide) {
         for (int64_t row = start[e]; row < start[e + 1]; row += tall)
@@ -66,9 +69,9 @@ struct Groups {
   // All rows of each expert, one without rows too, and blocks of columns.
   std::vector<Task> strips(int64_t width, int64_t wide) const {
     std::vector<Task> tasks;
-    for (int64_t e = 0; e < experts(); e++) {
+    for (int64_t e : by_size) {
       for (int64_t column = 0; column < width; column += wide)
-        tasks.push_back({e, start[e], start[e + 1] - start[e], column, std::min(wide, width - column)});
+        tasks.push_back({e, start[e], size(e), column, std::min(wide, width - column)});
     }
     return tasks;
   }
@@ -96,13 +99,18 @@ struct Scratch {
   const T *rows[std::max(kRows, kPair<T> * kDepth)], *more[kPair<T> * kDepth];
 };
 
-// Run task(i, scratch) for each i < count; a thread takes the next one when it is done.
+// Run task(i, scratch) for each i < count; a thread takes another one when it is done. Half of the threads take the
+// first ones, the others the last: experts with many rows wait for arithmetic, those with few for memory, and so they
+// run at the same time.
 template <typename T, typename Function>
 void share(int64_t count, const Function& task) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+  std::atomic<int64_t> taken{0}, ends[2] = {};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t thread, int64_t) {
     std::unique_ptr<Scratch<T>> scratch(new Scratch<T>);
-    for (int64_t i; (i = next++) < count;) task(i, *scratch);
+    while (taken++ < count) {
+      int64_t i = ends[thread % 2]++;
+      task(thread % 2 ? count - 1 - i : i, *scratch);
+    }
   });
 }
 

@@ -4,7 +4,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/logsumexp.h>
 #include <ATen/ops/softmax.h>
 
 #include <vector>
@@ -40,6 +39,16 @@ void select(const T* probs, const T* bias, int64_t experts, int64_t k, bool reno
   for (int64_t j = 0; renormalize && j < k; j++) weight[j] /= total;
 }
 
+// log sum exp(logits), from the largest logit and its probability; NaN if there is one.
+template <typename T>
+T log_sum(const T* logits, const T* probs, int64_t experts) {
+  int64_t top = 0;
+  for (int64_t e = 1; e < experts; e++) {
+    if (before(logits[e], logits[top])) top = e;
+  }
+  return std::isinf(logits[top]) ? logits[top] : logits[top] - std::log(probs[top]);
+}
+
 template <typename T>
 void differentiate(const T* grad_weight, const T* grad_probs, T grad_lse, const int32_t* index, const T* probs,
                    int64_t experts, int64_t k, bool renormalize, T* grad) {
@@ -53,12 +62,12 @@ void differentiate(const T* grad_weight, const T* grad_probs, T grad_lse, const 
   for (int64_t e = 0; e < experts; e++) grad[e] = probs[e] * (grad[e] - sum + grad_lse);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> router_topk(const Tensor& logits, int64_t k, bool renormalize,
+std::tuple<Tensor, Tensor, Tensor, Tensor> router_topk(const Tensor& logits_, int64_t k, bool renormalize,
                                                        const std::optional<Tensor>& bias_or_none) {
-  Tensor probs = at::softmax(logits, -1).contiguous();
+  Tensor logits = logits_.contiguous(), probs = at::softmax(logits, -1).contiguous();
   int64_t tokens = probs.size(0), experts = probs.size(1);
   Tensor weight = at::empty({tokens, k}, probs.options()),
-         index = at::empty({tokens, k}, probs.options().dtype(at::kInt));
+         index = at::empty({tokens, k}, probs.options().dtype(at::kInt)), lse = at::empty({tokens}, probs.options());
   Tensor bias = bias_or_none ? bias_or_none->to(probs.scalar_type()).contiguous() : Tensor();
   AT_DISPATCH_FLOATING_TYPES(probs.scalar_type(), "router_topk", [&] {
     const scalar_t* b = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
@@ -67,10 +76,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> router_topk(const Tensor& logits, int
       for (int64_t t = begin; t < end; t++) {
         select(probs.const_data_ptr<scalar_t>() + t * experts, b, experts, k, renormalize,
                weight.data_ptr<scalar_t>() + t * k, index.data_ptr<int32_t>() + t * k, score.data());
+        lse.data_ptr<scalar_t>()[t] = log_sum(logits.const_data_ptr<scalar_t>() + t * experts,
+                                              probs.const_data_ptr<scalar_t>() + t * experts, experts);
       }
     });
   });
-  return {weight, index, probs, at::logsumexp(logits, -1)};
+  return {weight, index, probs, lse};
 }
 
 Tensor router_topk_backward(const Tensor& grad_weight_, const Tensor& grad_probs_, const Tensor& grad_lse_,

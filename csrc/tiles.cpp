@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kSpan = 3072;  // most bytes along k of the rows that dot keeps in the first-level cache
 constexpr int64_t kNear = 8;     // rows of b that stay there
+constexpr int64_t kAsk = 3;      // rows that a tile of dot asks for from memory while it computes
 constexpr int kTall = 6;         // rows of a tile of outer
 
 // What a version of the code may use: the size of a vector, and the instruction for bf16.
@@ -121,14 +122,14 @@ struct DotTile {
   static constexpr int lanes = M::bytes / sizeof(Wide<T>), rows = lanes >= 8 ? 4 : 2, columns = lanes / rows;
   static constexpr int span = M::bytes / sizeof(T);
 
-  static INLINE void run(const T* const* a, const T* const* b, const T* next, int64_t k, Wide<T>* c, int64_t ldc,
+  static INLINE void run(const T* const* a, const T* const* b, const T* const* ask, int64_t k, Wide<T>* c, int64_t ldc,
                          bool add) {
     const T *left[rows], *right[columns];
     UNROLL for (int i = 0; i < rows; i++) left[i] = a[i];
     UNROLL for (int j = 0; j < columns; j++) right[j] = b[j];
     V sums[lanes] = {};
     for (int64_t at = 0; at + span <= k; at += span) {
-      __builtin_prefetch(next + at, 0, 2);
+      UNROLL for (int i = 0; i < kAsk; i++) __builtin_prefetch(ask[i] + at, 0, 3);
       step(left, right, at, sums);
     }
     if (int64_t rest = k % span; rest) {
@@ -163,7 +164,7 @@ struct DotTile {
 };
 
 // Rows past the last one are read as the last one; what they give lies past m and n.
-// While a few rows of b meet all rows of a, the next few are asked for from memory, one by each tile.
+// While a few rows of b meet all rows of a, their tiles ask for the next few, and for the next rows of a.
 template <typename T, typename M>
 INLINE void dot_block(const T* const* a, int64_t m, const T* b, int64_t ld, int64_t n, int64_t k, Wide<T>* c,
                       int64_t ldc) {
@@ -171,26 +172,36 @@ INLINE void dot_block(const T* const* a, int64_t m, const T* b, int64_t ld, int6
   constexpr int64_t line = 64 / sizeof(T), most = kSpan / sizeof(T);
   int64_t spans = std::max<int64_t>(1, (k + most - 1) / most), even = (k + spans - 1) / spans;
   int64_t span = (even + line - 1) / line * line;
+  int64_t tiles = (m + Tile::rows - 1) / Tile::rows * (kNear / Tile::columns), share = (kNear + tiles - 1) / tiles;
   for (int64_t k0 = 0; k0 < k; k0 += span) {
     for (int64_t j0 = 0; j0 < n; j0 += kNear) {
-      const T *near[kNear], *next = b + (j0 + kNear) * ld + k0;
+      const T *near[kNear], *left[2 * Tile::rows];
       for (int64_t j = 0; j < kNear; j++) near[j] = b + std::min(j0 + j, n - 1) * ld + k0;
-      int64_t columns = std::min(kNear, n - j0), ahead = kNear;
+      int64_t columns = std::min(kNear, n - j0), asked = kNear;
       for (int64_t i = 0; i < m; i += Tile::rows) {
-        const T* left[Tile::rows];
-        for (int r = 0; r < Tile::rows; r++) left[r] = a[std::min(i + r, m - 1)] + k0;
+        for (int r = 0; r < 2 * Tile::rows; r++) left[r] = a[std::min(i + r, m - 1)] + k0;
         for (int64_t j = 0; j < columns; j += Tile::columns) {
-          Tile::run(left, near + j, next, std::min(span, k - k0), c + i * ldc + j0 + j, ldc, k0 > 0);
-          next = --ahead > 0 ? next + ld : near[0];
+          const T *ask[kAsk], *const* below = left + Tile::rows;
+          for (int64_t r = 0; r < kAsk; r++) {
+            bool ahead = r < share && asked < 2 * kNear;
+            ask[r] = ahead ? b + (j0 + asked++) * ld + k0 : below[(j / Tile::columns * kAsk + r) % Tile::rows];
+          }
+          Tile::run(left, near + j, ask, std::min(span, k - k0), c + i * ldc + j0 + j, ldc, k0 > 0);
         }
       }
     }
   }
 }
 
+// Ask for two lines from memory.
+INLINE void ask(const void* at) {
+  __builtin_prefetch(at, 0, 2);
+  __builtin_prefetch(static_cast<const char*>(at) + 64, 0, 2);
+}
+
 template <int rows, typename T, typename M>
 INLINE void outer_tile(const Left<T>& a, int64_t row, const Word<T>* panel, int64_t depth, const T* next,
-                       int64_t ld_next, const Sums<T>& c, int64_t column) {
+                       const T* other, int64_t ld_next, const Sums<T>& c, int64_t column) {
   using V = Vector<T, M>;
   constexpr int lanes = M::bytes / sizeof(Wide<T>);
   Wide<T>* wide = c.wide + row * c.ld + column;
@@ -201,9 +212,8 @@ INLINE void outer_tile(const Left<T>& a, int64_t row, const Word<T>* panel, int6
     UNROLL for (int j = 0; j < M::vectors; j++) sums[i][j] = c.add ? load<V>(wide + i * c.ld + j * lanes) : V{};
   }
   for (int64_t k = 0; k < depth; k++) {
-    const T* ahead = next + k * kPair<T> * ld_next;
-    __builtin_prefetch(ahead, 0, 2);
-    __builtin_prefetch(reinterpret_cast<const char*>(ahead) + 64, 0, 2);
+    ask(next + k * kPair<T> * ld_next);
+    if (other) ask(other + k * kPair<T> * ld_next);
     V b[M::vectors];
     UNROLL for (int j = 0; j < M::vectors; j++) b[j] = load<V>(panel + k * kPanel + column + j * lanes);
     UNROLL for (int i = 0; i < rows; i++) {
@@ -228,16 +238,17 @@ INLINE void outer_block(const Left<T>& a, int64_t m, const Word<T>* panel, int64
                         const Sums<T>& c) {
   constexpr int64_t wide = M::vectors * M::bytes / sizeof(Wide<T>);
   for (int64_t i = 0; i < m; i += kTall) {
-    // the first tile asks for half of the next panel, the second for the rest; what follows finds it in the cache
-    const T* half = next.rows + (i / kTall % 2) * (kPair<T> > 1 ? next.ld : kPanel / 2);
+    // the first tile asks for half of the next panel, the second, if there is one, for the rest
+    int64_t rest = kPair<T> > 1 ? next.ld : kPanel / 2;
+    const T *half = next.rows + (i / kTall % 2) * rest, *other = m <= kTall ? half + rest : nullptr;
     for (int64_t j = 0; j < kPanel; j += wide) {
       switch (m - i) {
-        case 1: outer_tile<1, T, M>(a, i, panel, depth, half, next.ld, c, j); break;
-        case 2: outer_tile<2, T, M>(a, i, panel, depth, half, next.ld, c, j); break;
-        case 3: outer_tile<3, T, M>(a, i, panel, depth, half, next.ld, c, j); break;
-        case 4: outer_tile<4, T, M>(a, i, panel, depth, half, next.ld, c, j); break;
-        case 5: outer_tile<5, T, M>(a, i, panel, depth, half, next.ld, c, j); break;
-        default: outer_tile<kTall, T, M>(a, i, panel, depth, half, next.ld, c, j);
+        case 1: outer_tile<1, T, M>(a, i, panel, depth, half, other, next.ld, c, j); break;
+        case 2: outer_tile<2, T, M>(a, i, panel, depth, half, other, next.ld, c, j); break;
+        case 3: outer_tile<3, T, M>(a, i, panel, depth, half, other, next.ld, c, j); break;
+        case 4: outer_tile<4, T, M>(a, i, panel, depth, half, other, next.ld, c, j); break;
+        case 5: outer_tile<5, T, M>(a, i, panel, depth, half, other, next.ld, c, j); break;
+        default: outer_tile<kTall, T, M>(a, i, panel, depth, half, other, next.ld, c, j);
       }
     }
   }
@@ -278,14 +289,6 @@ INLINE void pack_block(const T* const* from, int64_t offset, int64_t rows, int64
   }
 }
 
-template <typename T>
-struct Versions {
-  decltype(&dot<T>) dot;
-  decltype(&outer<T>) outer;
-  decltype(&pack<T>) pack;
-  decltype(&round_rows<T>) round_rows;
-};
-
 // A version of each function: `allow` is the attribute that lets it use its instructions.
 #define VERSION(name, allow, ...)                                                                                     \
   template <typename T>                                                                                               \
@@ -318,22 +321,30 @@ VERSION(Avx512Bf16, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,av
 #endif
 
 template <typename T>
-const Versions<T>& choose() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bf16") ? Avx512Bf16<T>::all : Avx512<T>::all;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Avx2<T>::all;
-#endif
-  return Baseline<T>::all;
-}
-
-template <typename T>
 const Versions<T>& version() {
-  static const Versions<T>& chosen = choose<T>();
+  static const Versions<T>& chosen = *[] {
+    const Versions<T>* found = nullptr;
+    for (const char* name : {"avx512_bf16", "avx512", "avx2", "baseline"}) {
+      if (!found) found = find_version<T>(name);
+    }
+    return found;
+  }();
   return chosen;
 }
 
 }  // namespace
+
+template <typename T>
+const Versions<T>* find_version(std::string_view name) {
+#if defined(__x86_64__)
+  bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512vl");
+  if (name == "avx512_bf16" && avx512 && __builtin_cpu_supports("avx512bf16")) return &Avx512Bf16<T>::all;
+  if (name == "avx512" && avx512) return &Avx512<T>::all;
+  if (name == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &Avx2<T>::all;
+#endif
+  return name == "baseline" ? &Baseline<T>::all : nullptr;
+}
 
 template <typename T>
 void dot(const T* const* a, int64_t m, const T* b, int64_t ld, int64_t n, int64_t k, Wide<T>* c, int64_t ldc) {
@@ -362,6 +373,7 @@ void drain() {
 }
 
 #define INSTANTIATE(T)                                                                                             \
+  template const Versions<T>* find_version(std::string_view);                                                      \
   template void dot(const T* const*, int64_t, const T*, int64_t, int64_t, int64_t, Wide<T>*, int64_t);             \
   template void outer(const Left<T>&, int64_t, const Word<T>*, int64_t, const Next<T>&, const Sums<T>&);           \
   template void pack(const T* const*, int64_t, int64_t, int64_t, int64_t, Word<T>*);                               \

@@ -10,6 +10,8 @@
 
 #include "simd.h"
 
+#include <string_view>
+
 namespace moe_engine {
 
 constexpr int64_t kPanel = 64;   // columns of a panel
@@ -64,5 +66,17 @@ void pack(const T* const* from, int64_t offset, int64_t rows, int64_t columns, i
 // to[rows][columns] = from[rows][columns] rounded
 template <typename T>
 void round_rows(const Wide<T>* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows, int64_t columns);
+
+// What one instruction set makes of these functions: avx512_bf16, avx512, avx2 or baseline. The functions above are the
+// first of them that the processor has; find_version is for tests, and null for one that it lacks.
+template <typename T>
+struct Versions {
+  decltype(&dot<T>) dot;
+  decltype(&outer<T>) outer;
+  decltype(&pack<T>) pack;
+  decltype(&round_rows<T>) round_rows;
+};
+template <typename T>
+const Versions<T>* find_version(std::string_view name);
 
 }  // namespace moe_engine
