@@ -190,6 +190,11 @@ def test_llama_moe_v2(home: Path, tmp_path: Path) -> None:
         1, dense_of(parent, 1), Options(experts=3, top_k=1, share_neurons=False), score_EF
     )
     assert torch.equal(built.w_down, made["layers.1.ffn.experts.w_down"])
+    more[more.index("checkpoint")] = "hf"
+    assert run(home, "residual", tmp_path / "hf", *more) == 0
+    folder = HfFolder(tmp_path / "hf")
+    assert folder.family == "llama_moe_v2" and folder.shapes.keys() == made.keys()
+    assert all(torch.equal(folder.whole(name), made[name]) for name in made)
 
 
 def importance(home: Path, layer: int, tokens: int, gate_ED: Tensor) -> Tensor:
