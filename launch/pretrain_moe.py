@@ -89,7 +89,8 @@ def pretrain(loaded: Loaded, rank: int) -> None:
         if run.train.export_hf:
             from moe_engine.checkpoint.hf.export import check_exportable
 
-            check_exportable(run.model, Path(run.train.export_hf))
+            came_from = Path(run.train.init_from) if run.train.init_from else None
+            check_exportable(run.model, Path(run.train.export_hf), came_from)
     log = Logger(out, rank == 0, run.train.steps, log_every=run.train.log_every)
     with log:
         log.info(*loaded.derived)
@@ -110,6 +111,7 @@ def pretrain(loaded: Loaded, rank: int) -> None:
 
             log.info(*write_summary(out, run))
             if run.train.export_hf:
+                log.info(f"exporting to {run.train.export_hf}")
                 log.info(export(out, Path(run.train.export_hf)))
     stop_ranks()
     if held:
@@ -122,7 +124,7 @@ def export(out: Path, folder: Path) -> str:
     from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
 
     newest = folder_of(out / "checkpoints", steps_in(out / "checkpoints")[-1])
-    target, written = export_checkpoint(newest, folder, Wishes())
+    target, written = export_checkpoint(newest, folder, Wishes(), verify=False)
     return (
         f"exported {newest} as {target.family}: {len(written.tensors)} tensors, {written.bytes / 1e9:.3f} GB, {folder}"
     )

@@ -27,7 +27,9 @@ NO_EFFECT = frozenset(
     "architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label is_encoder_decoder label2id "
     "max_window_layers model_type name_or_path _name_or_path output_attentions output_hidden_states "
     "output_router_logits pad_token_id pretraining_tp problem_type return_dict torch_dtype transformers_version "
-    "use_cache rope_theta rope_scaling rope_parameters".split()
+    "use_cache rope_theta rope_scaling rope_parameters auto_map tokenizer_class unsloth_version model_max_length "
+    "_attn_implementation_autoset _attn_implementation attn_implementation _flash_attn_2_enabled is_decoder "
+    "max_length temperature top_p top_k do_sample".split()
 )
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -193,6 +195,11 @@ def family_in(config: Mapping[str, Any]) -> str:
     return "llama_moe_v2" if kind == "mixtral" and ("use_attn_moe" in config or ENDS in config) else kind
 
 
+def came_as(config: Mapping[str, Any]) -> str | None:
+    """family_in, or None for a config.json that names no family of ours."""
+    return family_in(config) if config.get("model_type") in FAMILIES else None
+
+
 def model_from_hf(config: Mapping[str, Any]) -> Model:
     """The Model of a config.json (a dict) of one of FAMILIES; ConfigError lists every feature the engine lacks."""
     kind = family_in(config)
@@ -202,8 +209,8 @@ def model_from_hf(config: Mapping[str, Any]) -> Model:
     values = family.defaults | {k: config[theirs] for k, theirs in names.items() if config.get(theirs) is not None}
     try:
         values |= family.read(config)
-    except (KeyError, TypeError) as error:
-        problems.append(f"{kind}: {error} is missing or no number")
+    except (KeyError, TypeError, ArithmeticError) as error:
+        problems.append(f"{kind}: {error} is missing, 0 or no number")
     values |= family.implied | ({"router_aux_loss": "hf_mixtral"} if family.routing else {})
     values |= rope_from_hf(config, problems)
     problems += unsupported(config, {*names.values(), *family.more})
@@ -221,6 +228,8 @@ def rope_from_hf(config: Mapping[str, Any], problems: list[str]) -> dict[str, An
     """rope_theta and rope_scaling from either spelling; what is not llama3 scaling goes to `problems`."""
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = config.get(key) or {}
+    if key == "rope_parameters" and config.get("rope_scaling") not in (None, rope):
+        problems.append("rope_parameters and rope_scaling are both given and differ: remove the wrong one")
     if not isinstance(rope, dict):
         problems.append(f"{key}: found {shown(rope)}, expected a mapping")
         return {}
@@ -241,6 +250,10 @@ def unsupported(config: Mapping[str, Any], known: set[str]) -> list[str]:
     problems = []
     for key, value in config.items():
         if value is None or key in known or key in NO_EFFECT:
+            continue
+        if key == "sliding_window" and config.get("use_sliding_window") is False:
+            continue
+        if key == "layer_types" and isinstance(value, list) and set(value) == {"full_attention"}:
             continue
         if key not in HARMLESS:
             if value not in (False, [], {}, ""):
@@ -265,7 +278,7 @@ def model_to_hf(
     gone = {"torch_dtype", "dtype", "rope_theta", "rope_scaling", "rope_parameters"}
     gone |= {"transformers_version"} if version else set()
     version = version or spelling_of(carried)
-    if not carried or family_in(carried) != kind:  # of the dense parent, say
+    if came_as(carried) != kind:  # of the dense parent, say
         gone |= set(carried) - NO_EFFECT
     if "num_experts" in FAMILIES[kind].routing.values():
         gone.add("num_local_experts")
@@ -292,8 +305,8 @@ def keys_of(model: Model, kind: str, version: int) -> dict[str, Any]:
 
 
 def spelling_of(config: Mapping[str, Any]) -> int:
-    """Whose spelling a config.json is in: transformers' 4 or 5."""
-    return 4 if "torch_dtype" in config or "rope_theta" in config else 5
+    """Whose spelling a config.json is in: transformers' 4, which 5 reads too, or 5."""
+    return 5 if "dtype" in config or "rope_parameters" in config else 4
 
 
 def dtype_of(config: Mapping[str, Any]) -> str | None:
@@ -328,14 +341,17 @@ def differences(ours: Model, theirs: Model) -> dict[str, tuple[Any, Any]]:
 
 
 def family_of(model: Model) -> str:
-    """The model_type that holds a model; ConfigError when none does, with what stands against the nearest."""
+    """The model_type that holds a model; ConfigError when none does, with what stands against the nearest.
+
+    Never llama_moe_v2, which has to be asked for: transformers' own Mixtral would load it and be wrong.
+    """
     problems: dict[str, dict[str, tuple[Any, Any]]] = {}
-    for kind in FAMILIES:
+    for kind in (kind for kind in FAMILIES if kind != "llama_moe_v2"):
         problems[kind] = differences(model, model_from_hf(keys_of(model, kind, 5)))
         if not problems[kind]:
             return kind
     kind, lost = min(problems.items(), key=lambda item: len(item[1]))
     refuse(
-        f"model.{key}: no Hugging Face family of {', '.join(FAMILIES)} holds {shown(ours)}; {kind} has {shown(theirs)}"
+        f"model.{key}: no Hugging Face family of {', '.join(problems)} holds {shown(ours)}; {kind} has {shown(theirs)}"
         for key, (ours, theirs) in lost.items()
     )

@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 DIFFERENT = 1
+OWN_CODE = "; it needs LLaMA-MoE-v2's own modelling code: transformers' Mixtral would load it and be wrong"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,7 +86,7 @@ def export(options: argparse.Namespace) -> int:
         target, written = export_checkpoint(options.checkpoint, options.out, wishes, beat)
     print(f"{target.family}, {target.layout}: {summary(written)}")
     print(f"hash of all tensors {written.digest()}")
-    print(f"wrote {options.out}")
+    print(f"wrote {options.out}{OWN_CODE if target.family == 'llama_moe_v2' else ''}")
     return 0
 
 
@@ -93,16 +94,23 @@ def verify(options: argparse.Namespace) -> int:
     """Compare bit by bit; prints what differs."""
     import torch
 
+    from moe_engine.checkpoint.hf.carried import of_checkpoint, side_files
     from moe_engine.checkpoint.hf.export import open_checkpoint
     from moe_engine.checkpoint.hf.folder import HfFolder
+    from moe_engine.config_hf import differences
 
     folder = HfFolder(options.hf)
-    reader, _ = open_checkpoint(options.checkpoint)
+    reader, model = open_checkpoint(options.checkpoint)
     different: list[str] = []
     for name in sorted(reader.shapes.keys() | folder.shapes.keys()):
         here, there = reader.shapes.get(name), folder.shapes.get(name)
         if here != there:
             different.append(f"{name}: {there} in the folder, {here} in the checkpoint")
+    for key, (here, there) in differences(model, folder.model).items():
+        different.append(f"model.{key}: {there} in the folder, {here} in the checkpoint")
+    for name, content in side_files(folder.folder).items():
+        if name != "config.json" and of_checkpoint(options.checkpoint).get(name) != content:
+            different.append(f"{name}: another than in the checkpoint")
     with bar(sum(entry.nbytes for entry in folder.entries.values()), "verify") as beat:
         for name, place in folder.places.items() if not different else ():
             ours = reader.part(place.weight, place.box)

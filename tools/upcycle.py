@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--hf", type=Path, required=True, metavar="DIR", help="the dense parent")
     out.add_argument("--method", required=True, metavar="NAME")
     out.add_argument("--out", type=Path, required=True, metavar="PATH", help="what to write")
+    out.add_argument("--family", choices=("mixtral", "llama_moe_v2"), help="of the folder (default: mixtral)")
     out.add_argument("--format", choices=("hf", "checkpoint"), default="hf", help="a folder (default) or a checkpoint")
     out.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default 5)")
     out.add_argument("--models", type=Path, nargs="+", default=[], metavar="DIR", help="mix: the other dense models")

@@ -61,6 +61,10 @@ class Partial:
         disk.rename(temporary, self.folder / PROGRESS)
         return True
 
+    def bytes(self) -> int:
+        """Of the files that are complete."""
+        return sum(record["digest"][0] for record in self.files.values())
+
     def tensors(self) -> dict[str, str]:
         """The hash of every tensor that was written."""
         return {name: value for record in self.files.values() for name, value in record["tensors"].items()}

@@ -74,7 +74,7 @@ class Entry(NamedTuple):
 
 def layout_of(entries: Mapping[str, Entry], metadata: dict[str, str]) -> tuple[bytes, list[str]]:
     """The header of a file and the order of its tensors: large elements first, so that all are aligned."""
-    names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
+    names = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
     table: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name in names:

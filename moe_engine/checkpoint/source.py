@@ -60,8 +60,8 @@ class Source:
         targets = list(wanted.boxes())
         for stored in self.stored.get(wanted.name, []):
             piece = stored.piece
-            if len(piece.box) != len(wanted.box) or overlap(piece.box, wanted.box) is None:
-                continue
+            if not _meet(piece, [target for target, _ in targets]):
+                continue  # and its file stays closed
             run: Tensor = self.file(stored.file).get_tensor(self.key(kind, stored)).flatten()
             for source, source_place in piece.boxes():
                 for target, target_place in targets:
@@ -89,7 +89,7 @@ class Source:
 
     def dtype(self, name: str, box: Box, kind: str = "master") -> torch.dtype:
         """The dtype in which a box of a weight is stored; the wider one where pieces differ."""
-        pieces = [stored for stored in self.stored.get(name, []) if overlap(stored.piece.box, box)]
+        pieces = [stored for stored in self.stored.get(name, []) if _meet(stored.piece, [box])]
         if not pieces:
             raise DataError(f"{self.folder}: no weight {name}")
         found = self.file(pieces[0].file).get_slice(self.key(kind, pieces[0])).get_dtype()
@@ -98,3 +98,10 @@ class Source:
             other = self.file(stored.file).get_slice(self.key(kind, stored)).get_dtype()
             out = torch.promote_types(out, TORCH_OF[other])
         return out
+
+
+def _meet(piece: Piece, boxes: list[Box]) -> bool:
+    """Whether a stored run holds elements of any of the boxes."""
+    if not boxes or len(piece.box) != len(boxes[0]):
+        return False
+    return any(overlap(source, box) is not None for source, _ in piece.boxes() for box in boxes)

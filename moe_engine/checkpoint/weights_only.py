@@ -69,9 +69,9 @@ def write_weights(
     files: for each file the pieces of weights in it, whole boxes, under the names that their hashes are kept by.
     side: files that go along. came: "family" and "layout" of the Hugging Face folder, if any.
     """
-    partial = Partial(out, identity)
+    partial = Partial(out, [identity, digests_of(side)])
     sizes = [{name: source.dtype(p.name, p.box).itemsize * p.length for name, p in file.items()} for file in files]
-    disk.require_space(partial.folder, sum(sum(each.values()) for each in sizes))
+    disk.require_space(partial.folder, sum(sum(each.values()) for each in sizes) - partial.bytes())
     for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
         if not partial.write(rank_file(number), _maker(source, file, beat)):
             beat(sum(size.values()))
@@ -122,6 +122,12 @@ def hash_of(tensor: Tensor) -> str:
     """xxh3 (128 bits) of the bytes of a tensor, with its dtype."""
     flat = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     return f"{xxhash.xxh3_128(flat).hexdigest()} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def digests_of(side: Mapping[str, bytes]) -> dict[str, str]:
+    """Hashes of small files, with the version that writes: part of what an interrupted conversion has to agree in."""
+    found = {name: xxhash.xxh3_128(content).hexdigest() for name, content in side.items()}
+    return found | {"moe_engine": moe_engine.__version__}
 
 
 def write_bytes(path: Path, content: bytes) -> Digest:

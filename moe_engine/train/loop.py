@@ -24,7 +24,8 @@ from moe_engine.checkpoint.manifest import NAME, read_manifest
 from moe_engine.checkpoint.reader import Reader, agreed_steps, choose, verify
 from moe_engine.checkpoint.saver import Saver
 from moe_engine.checkpoint.source import Source
-from moe_engine.config import Run
+from moe_engine.config import Model, Run
+from moe_engine.config_hf import differences as unlike
 from moe_engine.data.loader import Batch, Loader, OpenDomain, eval_batches
 from moe_engine.errors import ConfigError, DataError, EngineError, Preempted, StorageError
 from moe_engine.host.memory import keep_freed_memory
@@ -32,7 +33,7 @@ from moe_engine.host.signals import Requests
 from moe_engine.log import Logger
 from moe_engine.model.flops import step_flops_per_token
 from moe_engine.model.transformer import Transformer
-from moe_engine.parallel.collectives import max_
+from moe_engine.parallel.collectives import gather_bytes, max_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, key_of
 from moe_engine.train.peak import peak_flops
@@ -220,6 +221,8 @@ def resume(trainer: Trainer) -> tuple[int, int]:
     if folder is None:
         if trainer.run.train.init_from:
             start_from(trainer, Path(trainer.run.train.init_from))
+        else:
+            together(lambda: keep_for_run(None, Path(trainer.run.train.out)), world, everywhere=False)
         return 0, 0
     manifest = read_manifest(folder)
     if "hf" in manifest:
@@ -227,6 +230,8 @@ def resume(trainer: Trainer) -> tuple[int, int]:
     log.warn(*differences(manifest["run"], trainer.run.model_dump(mode="json")))
     trainer.loader.load_state(manifest["data"])
     load_state(trainer.engine, trainer.mesh, folder, beat)
+    if folder.parent.resolve() != root.resolve():  # of another run, whose files go along
+        together(lambda: keep_for_run(folder, Path(trainer.run.train.out)), world, everywhere=False)
     log.info(f"resumed from {folder}: {manifest['step']} steps done")
     later = [step for step in there if step > manifest["step"]]  # damaged, or of a past that the run leaves now
     together(lambda: leave(trainer, later), world, everywhere=False)
@@ -236,14 +241,24 @@ def resume(trainer: Trainer) -> tuple[int, int]:
 def start_from(trainer: Trainer, path: Path) -> None:
     """A new run takes the weights of a Hugging Face folder or a checkpoint, and their side files; collective."""
     world, beat = trainer.mesh.world, partial(trainer.beat, 0, "reading the first weights")
-    if (path / NAME).is_file() and (problems := verify(path, world, beat)):
+    ours = bytes([(path / NAME).is_file()])
+    if len(set(gather_bytes(ours, world))) > 1:
+        raise DataError(f"--init-from {path}: the ranks do not see the same; it must be shared by all nodes")
+    if ours[0] and (problems := verify(path, world, beat)):
         raise DataError("; ".join(problems))
     opened: list[Source] = []
-    together(lambda: opened.append(Reader(path) if (path / NAME).is_file() else HfFolder(path)), world)
+    together(lambda: opened.append(Reader(path) if ours[0] else HfFolder(path)), world)
+    together(lambda: trainer.log.warn(*changes_of(opened[0], trainer.run.model)), world)
     together(lambda: load_weights(trainer.engine, opened[0], beat), world)
     trainer.engine.weights_from_masters()
     together(lambda: keep_for_run(path, Path(trainer.run.train.out)), world, everywhere=False)
     trainer.log.info(f"started with the weights of {path}")
+
+
+def changes_of(source: Source, model: Model) -> list[str]:
+    """One line for each setting that makes the run's model another function of the same weights."""
+    theirs = source.model if isinstance(source, HfFolder) else Model.model_validate(source.manifest["run"]["model"])  # pyright: ignore[reportAttributeAccessIssue]
+    return [f"model.{key} was {was} and is {now} in this run" for key, (now, was) in unlike(model, theirs).items()]
 
 
 def leave(trainer: Trainer, steps: list[int]) -> None:

@@ -191,6 +191,7 @@ def test_llama_moe_v2(home: Path, tmp_path: Path) -> None:
     )
     assert torch.equal(built.w_down, made["layers.1.ffn.experts.w_down"])
     more[more.index("checkpoint")] = "hf"
+    more += ["--family", "llama_moe_v2"]
     assert run(home, "residual", tmp_path / "hf", *more) == 0
     folder = HfFolder(tmp_path / "hf")
     assert folder.family == "llama_moe_v2" and folder.shapes.keys() == made.keys()

@@ -31,6 +31,8 @@ BAD: dict[str, tuple[str, list[Any], str]] = {
     "projection": ("clustering", ["--projection", "down"], "--projection 'down': valid are gate and up"),
     "attention": ("copy", ["--attention-experts", 3], "--attention-experts 3: expected a multiple of 2 KV"),
     "attention top_k": ("copy", ["--attention-experts", 2, "--attention-top-k", 3], "--attention-top-k 3: valid are"),
+    "attention as hf": ("copy", ["--attention-experts", 2], "--format checkpoint holds every model"),
+    "residual as hf": ("residual", ["--experts", 3], "--family llama_moe_v2 some"),
     "half as hf": ("half", [], "model.norm_topk_prob: no Hugging Face family of"),
     "ends as hf": ("copy", ["--dense-ends", 1], "--format checkpoint holds every model"),
     "parent": ("copy", ["--hf", "HOME/none"], "no such folder; give a folder with config.json"),

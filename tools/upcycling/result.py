@@ -18,7 +18,7 @@ from moe_engine.checkpoint.pieces import Piece, volume
 from moe_engine.checkpoint.shard import Entry
 from moe_engine.checkpoint.weights_only import Written, write_weights
 from moe_engine.config import Model
-from moe_engine.config_hf import family_of
+from moe_engine.config_hf import family_of, model_to_hf
 from moe_engine.config_report import problem_lines
 from moe_engine.errors import ConfigError
 from moe_engine.upcycle import METHODS, Options, attention
@@ -35,10 +35,13 @@ BROKEN_PROMISE = 1
 def hf_target(given: argparse.Namespace, child: Model, parent: HfFolder) -> Target:
     """What the folder will be; ConfigError, before anything is computed, when no family holds the child."""
     try:
-        family = family_of(child)
+        family = given.family or family_of(child)
+        model_to_hf(child, family, None, None, {})
     except ConfigError as error:
         why = "; ".join(problem_lines(error))
-        raise ConfigError(f"--format hf: {why}; --format checkpoint holds every model") from None
+        raise ConfigError(
+            f"--format hf: {why}; --format checkpoint holds every model, --family llama_moe_v2 some that are no Mixtral"
+        ) from None
     return Target(family, next(iter(TABLES[family])), side=side_files(parent.folder), shard_bytes=shard_bytes(given))
 
 

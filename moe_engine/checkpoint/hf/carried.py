@@ -6,7 +6,7 @@ An imported checkpoint has these files among its own; a run that starts from suc
 from pathlib import Path
 
 from moe_engine.checkpoint import disk
-from moe_engine.checkpoint.hf.folder import CONFIG
+from moe_engine.checkpoint.hf.folder import CONFIG, blob_of
 from moe_engine.host.files import size_in
 
 NAMES = (
@@ -14,6 +14,7 @@ NAMES = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"),
 )
+CODE = ("configuration_*.py", "modeling_*.py")  # what auto_map names; it is copied and never run
 MAX_BYTES = 1 << 28  # a tokenizer has tens of megabytes
 OF_A_RUN = "hf"  # the folder of a run that holds them
 
@@ -21,19 +22,22 @@ OF_A_RUN = "hf"  # the folder of a run that holds them
 def side_files(folder: Path) -> dict[str, bytes]:
     """The files of a folder that go along with its weights; a link of the hub's cache is read as what it leads to."""
     out = {}
-    for name in NAMES:
+    code = sorted(path.name for pattern in CODE for path in folder.glob(pattern))
+    for name in (*NAMES, *code):
         path = folder / name
-        real = path.resolve() if path.is_symlink() and path.resolve().parent.name == "blobs" else path
+        real = blob_of(folder, path) or path
         size = size_in(real.parent, real)
         if size is not None and size <= MAX_BYTES:
             out[name] = real.read_bytes()
     return out
 
 
-def keep_for_run(source: Path, out: Path) -> None:
-    """Copy them to OUT/hf, so that every checkpoint of the run can be exported with them."""
-    files = of_checkpoint(source)
+def keep_for_run(source: Path | None, out: Path) -> None:
+    """Copy them to OUT/hf, so that every checkpoint of the run can be exported with them; None: there are none."""
+    files = of_checkpoint(source) if source else {}
     disk.remove(out / OF_A_RUN)  # of an earlier start
+    if not files:
+        return
     disk.make_folder(out / OF_A_RUN)
     for name, content in files.items():
         disk.write_file(out / OF_A_RUN / name, [content])

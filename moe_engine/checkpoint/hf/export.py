@@ -1,5 +1,7 @@
 """A checkpoint, imported or of a run, to a Hugging Face folder: what is written when nobody says otherwise."""
 
+import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ from moe_engine.checkpoint.manifest import NAME, problems_of
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.weights_only import Beat, Written
 from moe_engine.config import Model
-from moe_engine.config_hf import FAMILIES, dtype_of, family_of
+from moe_engine.config_hf import FAMILIES, came_as, differences, dtype_of, family_of, model_from_hf
 from moe_engine.errors import ConfigError, DataError
 
 
@@ -26,27 +28,40 @@ class Wishes(NamedTuple):
     shard_gb: float = 5.0
 
 
-def open_checkpoint(folder: Path) -> tuple[Reader, Model]:
-    """A checkpoint whose files are what its manifest says, and its model. ConfigError, DataError."""
+def open_checkpoint(folder: Path, verify: bool = True) -> tuple[Reader, Model]:
+    """A checkpoint whose files are what its manifest says, if asked to `verify`, and its model."""
     if not (folder / NAME).is_file():
         raise ConfigError(f"{folder}: no manifest.json there; give an imported checkpoint, or step-N of a run")
     reader = Reader(folder, keep_open=1)
-    if problems := problems_of(folder, reader.manifest):
+    if verify and (problems := problems_of(folder, reader.manifest)):
         raise DataError("; ".join(problems))
     return reader, Model.model_validate(reader.manifest["run"]["model"])
 
 
-def check_exportable(model: Model, out: Path) -> None:
+def check_exportable(model: Model, out: Path, came_from: Path | None) -> None:
     """ConfigError when a run with this model could not be exported to `out`; before it starts."""
     refuse_biases(model)
-    family_of(model)
+    usual_family(model, of_checkpoint(came_from) if came_from else {})
     if out.exists():
         raise ConfigError(f"--export-hf {out} exists; remove it or choose another name")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"--export-hf {out}: {above} cannot be written to; choose another folder")
 
 
-def export_checkpoint(folder: Path, out: Path, wishes: Wishes, beat: Beat = lambda n: None) -> tuple[Target, Written]:
-    """Write `out` from a checkpoint; see write_hf."""
-    reader, model = open_checkpoint(folder)
+def usual_family(model: Model, side: dict[str, bytes]) -> str:
+    """The family that a model came in, if it still is of it, or the first that holds it."""
+    carried = carried_config(side)
+    if came_as(carried) == "llama_moe_v2" and not differences(model, model_from_hf(carried)):
+        return "llama_moe_v2"
+    return family_of(model)
+
+
+def export_checkpoint(
+    folder: Path, out: Path, wishes: Wishes, beat: Beat = lambda n: None, verify: bool = True
+) -> tuple[Target, Written]:
+    """Write `out` from a checkpoint; see write_hf. verify: False for one that was written a moment ago."""
+    reader, model = open_checkpoint(folder, verify)
     target = target_of(reader.manifest, model, of_checkpoint(folder), wishes)
     return target, write_hf(reader, model, target, out, reader.manifest["files"], beat)
 
@@ -54,7 +69,7 @@ def export_checkpoint(folder: Path, out: Path, wishes: Wishes, beat: Beat = lamb
 def target_of(manifest: dict[str, Any], model: Model, side: dict[str, bytes], wishes: Wishes) -> Target:
     """Family, layout and dtype: wished for, or as the weights came, or the usual."""
     came = manifest.get("hf", {})
-    family = wishes.family or came.get("family") or family_of(model)
+    family = wishes.family or came.get("family") or usual_family(model, side)
     if family not in FAMILIES:
         raise ConfigError(f"--family {family}: expected {', '.join(FAMILIES)}")
     layouts = list(TABLES[family])
@@ -63,5 +78,7 @@ def target_of(manifest: dict[str, Any], model: Model, side: dict[str, bytes], wi
     if dtype is None and not came:  # masters are fp32, whatever the run computed in
         run = "bfloat16" if manifest["run"]["train"]["precision"] == "bf16" else "float32"
         dtype = dtype_of(carried_config(side)) or run
+    if not 0 < wishes.shard_gb < math.inf:
+        raise ConfigError(f"--shard-gb {wishes.shard_gb}: expected a number of GB above 0")
     kind = getattr(torch, dtype) if dtype else None
     return Target(family, layout, kind, wishes.version, side, int(wishes.shard_gb * 1e9))

@@ -52,6 +52,8 @@ class HfFolder(Source):
         problems: list[str] = []
         for path in sorted(set(self.files.values())):
             self._read_header(path, problems)
+        if self.model.num_hidden_layers > len(self.files):
+            raise DataError(f"{folder}: num_hidden_layers {self.model.num_hidden_layers} of {len(self.files)} tensors")
         shapes = weight_shapes(self.model)
         self.layout, self.places = layout_of(TABLES[self.family], shapes, self.files)
         problems += mismatches(self.places, self.entries)
@@ -141,13 +143,18 @@ def inside(folder: Path, name: Any) -> Path:
     path = folder / name
     if size_in(folder, path) is not None:
         return path
-    blobs = folder.resolve().parent.parent / "blobs"
-    if path.is_symlink() and folder.resolve().parent.name == "snapshots" and path.resolve().parent == blobs:
-        if size_in(blobs, path.resolve()) is not None:
-            return path
+    if blob_of(folder, path):
+        return path
     if path.is_symlink():
         raise DataError(f"{path}: a link to elsewhere, which is not followed; copy the file here (cp -L)")
     raise DataError(f"{path}: missing, or no regular file; is the download complete?")
+
+
+def blob_of(folder: Path, path: Path) -> Path | None:
+    """What the hub's cache links a file to: a regular file in the blobs of the same repository. None if it is not."""
+    blobs, real = folder.resolve().parent.parent / "blobs", path.resolve()
+    hub = path.is_symlink() and folder.resolve().parent.name == "snapshots" and real.parent == blobs
+    return real if hub and size_in(blobs, real) is not None else None
 
 
 def header_of(path: Path) -> dict[str, Entry]:
@@ -162,9 +169,12 @@ def header_of(path: Path) -> dict[str, Entry]:
         table = json.loads(text, object_pairs_hook=_unique)
         table.pop("__metadata__", None)
         rows = [
-            (name, row["dtype"], tuple(map(int, row["shape"])), *row["data_offsets"]) for name, row in table.items()
+            (name, str(row["dtype"]), tuple(map(int, row["shape"])), *map(int, row["data_offsets"]))
+            for name, row in table.items()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if any(len(row) != 5 or min(row[2], default=0) < 0 for row in rows):
+            raise ValueError("a tensor without two offsets, or with a negative side")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise DataError(f"{path}: a header that is no safetensors header ({error})") from None
     end = 0
     out = {}
@@ -210,8 +220,9 @@ def _lists(verb: str, names: list[str]) -> Iterator[str]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"{shown(twice)} is there twice")
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"{shown(key)} is there twice")
+        out[key] = value
     return out

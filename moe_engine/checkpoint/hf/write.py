@@ -20,9 +20,9 @@ from moe_engine.checkpoint.hf.folder import CONFIG, INDEX, SINGLE
 from moe_engine.checkpoint.hf.table import Place, places
 from moe_engine.checkpoint.partial import Partial
 from moe_engine.checkpoint.shard import Digest, Entry, stream_shard
-from moe_engine.checkpoint.weights_only import Beat, Weights, Written, hash_of, write_bytes
+from moe_engine.checkpoint.weights_only import Beat, Weights, Written, digests_of, hash_of, write_bytes
 from moe_engine.config import Model
-from moe_engine.config_hf import FAMILIES, dtype_of, family_in, model_from_hf, model_to_hf, spelling_of
+from moe_engine.config_hf import FAMILIES, came_as, dtype_of, model_from_hf, model_to_hf, spelling_of
 from moe_engine.config_report import shown
 from moe_engine.errors import ConfigError, DataError
 
@@ -53,6 +53,9 @@ def write_hf(
     if target.layout not in table:
         raise ConfigError(f"--expert-layout {target.layout}: {target.family} is written as {', '.join(table)}")
     refuse_biases(model)
+    model_to_hf(model, target.family, None, target.version, {})  # refuses what the family cannot hold
+    if target.version == 4 and target.layout == "fused":
+        raise ConfigError("--expert-layout fused: transformers 4 reads experts one by one only; leave --hf-version out")
     where = places(table[target.layout], source.shapes)
     entries = {
         name: Entry(target.dtype or source.dtype(place.weight, place.box), place.shape) for name, place in where.items()
@@ -61,8 +64,8 @@ def write_hf(
     shards = cut(entries, target.shard_bytes)
     total = sum(entry.nbytes for entry in entries.values())
     options = [target.family, target.layout, str(target.dtype), target.version, target.shard_bytes, config.decode()]
-    partial = Partial(out, [identity, options])
-    disk.require_space(partial.folder, total)
+    partial = Partial(out, [identity, options, digests_of(target.side)])
+    disk.require_space(partial.folder, total - partial.bytes())
     scale = 1.0 if "scale_factor" in FAMILIES[target.family].more else model.routed_scaling_factor
 
     def make(names: list[str]) -> Callable[[Path], tuple[Digest, dict[str, str]]]:
@@ -95,10 +98,14 @@ def write_hf(
 
 
 def read(source: Weights, place: Place, entry: Entry, scale: float) -> Tensor:
-    """One tensor as it will lie on disk."""
+    """One tensor as it will lie on disk. DataError where a number does not fit float16."""
     if scale != 1.0 and place.weight.endswith("experts.w_down"):
-        return (source.part(place.weight, place.box, torch.float32) * scale).to(entry.dtype).view(entry.shape)
-    return source.part(place.weight, place.box, entry.dtype).view(entry.shape)
+        tensor = (source.part(place.weight, place.box, torch.float32) * scale).to(entry.dtype)
+    else:
+        tensor = source.part(place.weight, place.box, entry.dtype)
+    if entry.dtype == torch.float16 and bool(tensor.isinf().any()):
+        raise DataError(f"{place.weight}: holds numbers past float16's largest, 65504; use --dtype bfloat16")
+    return tensor.view(entry.shape)
 
 
 def refuse_biases(model: Model) -> None:
@@ -118,7 +125,7 @@ def config_text(model: Model, target: Target, entries: Mapping[str, Entry]) -> b
         count[entry.dtype] = count.get(entry.dtype, 0) + entry.nbytes
     dtype = str(max(count, key=lambda kind: count[kind])).removeprefix("torch.")
     config = model_to_hf(model, target.family, dtype, target.version, carried)
-    if old and family_in(carried) == target.family and target.version in (None, spelling_of(carried)):
+    if old and came_as(carried) == target.family and target.version in (None, spelling_of(carried)):
         said = dtype_of(carried) or dtype
         if config == model_to_hf(model_from_hf(carried), target.family, said, target.version, carried):
             return old

@@ -37,7 +37,7 @@ def greedy(decoder: Transformer, prompt_BS: Tensor) -> Tensor:
         ("mixtral", Wishes()),
         ("mixtral", Wishes(layout="fused")),
         ("mixtral", Wishes(version=4, shard_gb=3e-5)),
-        ("mixtral", Wishes(layout="fused", version=4)),
+        ("mixtral", Wishes(layout="fused", version=5)),
     ],
     ids=str,
 )

@@ -99,6 +99,16 @@ def pipe(folder: Path) -> None:
     edit_index(folder, {GATE: "model-00001-of-00009.safetensors"})
 
 
+def offsets(folder: Path, value: object) -> None:
+    path = shard(folder)
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    next(row for name, row in header.items() if name != "__metadata__")["data_offsets"] = value
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "parent": (lambda f: edit_index(f, {GATE: "../model.safetensors"}), 65, "expected the name of a .safetensors file"),
     "absolute": (lambda f: edit_index(f, {GATE: "/etc/passwd"}), 65, "expected the name of a .safetensors file"),
@@ -109,6 +119,15 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "pipe": (pipe, 65, "missing, or no regular file"),
     "truncated": (truncated, 65, "cut short"),
     "long header": (header_of_the_moon, 65, "a header of"),
+    "offsets that are words": (lambda f: offsets(f, ["a", "b"]), 65, "no safetensors header"),
+    "three offsets": (lambda f: offsets(f, [0, 1, 2]), 65, "no safetensors header"),
+    "no offsets": (lambda f: offsets(f, [None, None]), 65, "no safetensors header"),
+    "endless layers": (lambda f: config(f, num_hidden_layers=10**9), 65, "num_hidden_layers 1000000000 of"),
+    "two ropes": (
+        lambda f: config(f, rope_scaling={"rope_type": "linear", "factor": 2.0}),
+        78,
+        "rope_parameters and rope_scaling are both given",
+    ),
     "missing expert": (missing_expert, 65, r"lacks model.layers.1.block_sparse_moe.experts.2.w3.weight"),
     "twice in index": (twice_in_index, 65, "is there twice"),
     "twice in files": (twice_in_files, 65, "holds what the index does not place there"),
@@ -171,6 +190,37 @@ def test_verify_sees_one_bit(good: Path, tmp_path: Path, capsys: pytest.CaptureF
     path.write_bytes(raw)
     assert main(["verify", "--hf", str(other), "--checkpoint", str(tmp_path / "out")]) == 1
     assert "differs by up to" in capsys.readouterr().out
+
+
+def test_verify_sees_another_function_and_other_files(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["import", "--hf", str(good), "--out", str(tmp_path / "out")]) == 0
+    other = tmp_path / "other"
+    shutil.copytree(good, other)
+    config(other, rms_norm_eps=1e-2)
+    (other / "tokenizer.json").write_text("{}")
+    assert main(["verify", "--hf", str(other), "--checkpoint", str(tmp_path / "out")]) == 1
+    out = capsys.readouterr().out
+    assert "model.rms_norm_eps: 0.01 in the folder" in out and "tokenizer.json: another" in out
+
+
+def test_numbers_past_float16_and_options_that_cannot_be_are_refused(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = tmp_path / "large"
+    shutil.copytree(good, large)
+    rewrite(large, 0, lambda tensors: next(iter(tensors.values())).fill_(1e6))
+    assert main(["import", "--hf", str(large), "--out", str(tmp_path / "ck")]) == 0
+    for more, code, words in (
+        (["--dtype", "float16"], 65, "past float16's largest"),
+        (["--family", "llama"], 78, "cannot be written as llama"),
+        (["--shard-gb", "nan"], 78, "--shard-gb nan"),
+        (["--shard-gb", "0"], 78, "--shard-gb 0"),
+        (["--hf-version", "4", "--expert-layout", "fused"], 78, "transformers 4 reads experts one by one"),
+    ):
+        assert main(["export", "--checkpoint", str(tmp_path / "ck"), "--out", str(tmp_path / "hf"), *more]) == code
+        assert words in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 
 def test_a_damaged_checkpoint_is_not_exported(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
