@@ -215,7 +215,7 @@ VERDICT = {"model": "fatal", "optimizer": "warn", "train": "warn", "data": "warn
 ALLOWED = {  # in spite of their sections: where things lie, how often they are done, what costs time or memory alone
     *("data.tokenizer", "data.domains.path", "train.out", "train.resume", "train.save_every", "train.async_save"),
     *("train.keep_last", "train.keep_every", "train.on_save_error", "train.step_timeout", "train.recompute"),
-    *("train.eval_every", "train.eval_batches", "train.log_every"),
+    *("train.eval_every", "train.eval_batches", "train.log_every", "train.init_from", "train.export_hf"),
 }
 FIELDS = [*(f"{section}.{key}" for section, keys in KEYS.items() for key in keys), "data.domains.path"]
 
@@ -266,6 +266,9 @@ def changed(run: Run, section: str, key: str, rest: list[str]) -> Any:
         ),
         "resume": str(Path(run.train.out) / "checkpoints" / "step-00000001"),
         "moe_layers": (0,),
+        "attention_moe_layers": (0,),
+        "init_from": "another-folder",
+        "export_hf": "another-folder",
         "capacity_factor": 1.25,
         "tokenizer": "bytes",
     }
