@@ -6,7 +6,6 @@
 //   dw       dlogits^T x         tasks: blocks of experts
 #include "grouped.h"
 
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/tensor.h>
 
 namespace moe_engine {
@@ -23,7 +22,9 @@ constexpr at::ScalarType kWideType = std::is_same_v<T, double> ? at::kDouble : a
 Groups all(int64_t tokens) { return Groups(at::tensor({static_cast<int32_t>(tokens)}, at::kInt), tokens); }
 
 Tensor router_logits(const Tensor& x_, const Tensor& w_) {
-  Tensor x = x_.contiguous(), w = w_.contiguous(), logits;
+  // jitter makes x fp32 where w is bf16
+  auto type = x_.scalar_type() == w_.scalar_type() ? x_.scalar_type() : at::kFloat;
+  Tensor x = x_.to(type).contiguous(), w = w_.to(type).contiguous(), logits;
   int64_t tokens = x.size(0), experts = w.size(0), width = x.size(1);
   by_dtype(x.scalar_type(), "router_logits", [&](auto zero) {
     using T = decltype(zero);
@@ -42,7 +43,7 @@ Tensor router_logits(const Tensor& x_, const Tensor& w_) {
 
 std::tuple<Tensor, Tensor> router_logits_backward(const Tensor& grad_, const Tensor& x_, const Tensor& w_, bool need_x,
                                                   bool need_w) {
-  Tensor grad = grad_.contiguous(), dx = at::empty({0}, x_.options()), dw = at::empty_like(dx);
+  Tensor grad = grad_.contiguous(), dx = at::empty({0}, x_.options()), dw = at::empty({0}, w_.options());
   int64_t tokens = grad.size(0), experts = grad.size(1), width = x_.size(1);
   by_dtype(x_.scalar_type(), "router_logits_backward", [&](auto zero) {
     using T = decltype(zero);
@@ -61,7 +62,7 @@ std::tuple<Tensor, Tensor> router_logits_backward(const Tensor& grad_, const Ten
       times_panels(s.rows, t, data<W>(w), experts, width, s);
       round_rows(s.c[0], kWide, output<T>(dx) + t.row * width + t.column, width, t.rows, t.columns);
     });
-    if (need_w) dw = wide_dw.to(x_.scalar_type());
+    if (need_w) dw = wide_dw.to(w_.scalar_type());
   });
   return {dx, dw};
 }

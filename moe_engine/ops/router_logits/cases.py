@@ -1,4 +1,4 @@
-"""Cases of router_logits: no token, one, odd widths, 1 to 256 experts."""
+"""Cases of router_logits: no token, one, odd widths, 1 to 256 experts, and x in fp32 as jitter leaves it."""
 
 import torch
 
@@ -11,15 +11,15 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, tor
 SIZES = [(0, 8, 4), (1, 1, 1), (7, 33, 5), (65, 128, 8), (130, 72, 64), (40, 96, 256)]
 
 
-def _case(tokens: int, width: int, experts: int) -> Case:
-    name = f"T{tokens} D{width} E{experts}"
+def _case(tokens: int, width: int, experts: int, jitter: bool = False) -> Case:
+    name = f"T{tokens} D{width} E{experts}{' x fp32' if jitter else ''}"
 
     def inputs(dtype: torch.dtype) -> tuple:
         generator = seeded(name)
         x, w = torch.randn(tokens, width, generator=generator), torch.randn(experts, width, generator=generator)
-        return x.to(dtype), w.to(dtype)
+        return x.to(torch.promote_types(dtype, torch.float32) if jitter else dtype), w.to(dtype)
 
     return Case(name, router_logits, inputs)
 
 
-CASES = [_case(*size) for size in SIZES]
+CASES = [*(_case(*size) for size in SIZES), _case(33, 40, 6, jitter=True)]
