@@ -28,10 +28,13 @@ NO_EFFECT = frozenset(
     "max_window_layers model_type name_or_path _name_or_path output_attentions output_hidden_states "
     "output_router_logits pad_token_id pretraining_tp problem_type return_dict torch_dtype transformers_version "
     "use_cache rope_theta rope_scaling rope_parameters auto_map tokenizer_class unsloth_version model_max_length "
-    "_attn_implementation_autoset _attn_implementation attn_implementation _flash_attn_2_enabled is_decoder "
+    "_attn_implementation_autoset _flash_attn_2_enabled is_decoder "
     "max_length temperature top_p top_k do_sample".split()
 )
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # and no repository of code
 HARMLESS: dict[str, tuple[Any, ...]] = {
+    "_attn_implementation": ATTENTION,
+    "attn_implementation": ATTENTION,
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),

@@ -60,6 +60,7 @@ def test_absent_keys_take_the_defaults_of_the_family() -> None:
     [
         ({"model_type": "qwen3"}, "model_type: found 'qwen3'"),
         ({"model_type": ["llama"]}, "model_type: found ['llama']"),
+        ({"_attn_implementation": "evil/repo:attn"}, "_attn_implementation: found 'evil/repo:attn'"),
         ({"hidden_act": "gelu"}, "hidden_act: found 'gelu'"),
         ({"attention_bias": True}, "attention_bias: found True"),
         ({"mlp_bias": True}, "mlp_bias: found True"),
@@ -207,3 +208,22 @@ def test_a_mixtral_made_of_a_llama_keeps_its_token_ids_alone() -> None:
 def test_a_name_that_is_no_dtype_is_none() -> None:
     assert dtype_of({"dtype": "bfloat16"}) == dtype_of({"torch_dtype": "bfloat16"}) == "bfloat16"
     assert dtype_of({}) is None and dtype_of({"dtype": "load"}) is None and dtype_of({"dtype": ["float32"]}) is None
+
+
+def test_keys_in_the_wild_that_change_nothing_are_passed_over() -> None:
+    wild = {
+        **{"_attn_implementation": "sdpa", "_attn_implementation_autoset": True, "tokenizer_class": "LlamaTokenizer"},
+        **{
+            "auto_map": {"AutoModel": "modeling_x.X"},
+            "unsloth_version": "2025.1",
+            "layer_types": ["full_attention"] * 2,
+        },
+        **{"sliding_window": 4096, "use_sliding_window": False, "torch_dtype": "auto", "rope_scaling": None},
+    }
+    assert model_from_hf(LLAMA | wild) == model_from_hf(LLAMA)
+    with pytest.raises(ConfigError, match="layer_types"):
+        model_from_hf(LLAMA | {"layer_types": ["sliding_attention", "full_attention"]})
+    with pytest.raises(ConfigError, match="rope_parameters and rope_scaling are both given"):
+        model_from_hf(
+            LLAMA | {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}}
+        )
