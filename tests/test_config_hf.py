@@ -212,13 +212,16 @@ def test_a_name_that_is_no_dtype_is_none() -> None:
 
 def test_keys_in_the_wild_that_change_nothing_are_passed_over() -> None:
     wild = {
-        **{"_attn_implementation": "sdpa", "_attn_implementation_autoset": True, "tokenizer_class": "LlamaTokenizer"},
-        **{
-            "auto_map": {"AutoModel": "modeling_x.X"},
-            "unsloth_version": "2025.1",
-            "layer_types": ["full_attention"] * 2,
-        },
-        **{"sliding_window": 4096, "use_sliding_window": False, "torch_dtype": "auto", "rope_scaling": None},
+        "_attn_implementation": "sdpa",
+        "_attn_implementation_autoset": True,
+        "tokenizer_class": "LlamaTokenizer",
+        "auto_map": {"AutoModel": "modeling_x.X"},
+        "unsloth_version": "2025.1",
+        "layer_types": ["full_attention"] * 2,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "torch_dtype": "auto",
+        "rope_scaling": None,
     }
     assert model_from_hf(LLAMA | wild) == model_from_hf(LLAMA)
     with pytest.raises(ConfigError, match="layer_types"):
