@@ -274,7 +274,7 @@ def model_to_hf(
 ) -> dict[str, Any]:
     """The config.json of a model as `kind`, one of FAMILIES.
 
-    dtype: torch's name of it, "bfloat16". version: of transformers, 4 or 5; None: the spelling of `carried`, or 5.
+    dtype: torch's name of it, "bfloat16". version: of transformers, 4 or 5; None: the spelling of `carried`, or 4.
     carried: the config.json that the weights came with, whose other keys (token ids) stay. ConfigError names what
     another family would be needed for.
     """

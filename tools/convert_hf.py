@@ -4,10 +4,10 @@
     python tools/convert_hf.py export --checkpoint runs/mine/checkpoints/step-00001000 --out mine-hf
     python tools/convert_hf.py verify --hf Mixtral-8x7B-v0.1 --checkpoint runs/mixtral
 
-Families: llama, mixtral, qwen3_moe, olmoe. One tensor is in memory at a time; an interrupted conversion goes on where
-it stopped. `import` keeps every dtype and every file that is no weight; `export` of it gives the same bits. A
-checkpoint of a run is exported in the dtype of the folder that it began from, or of the run; --dtype sets another. Exit
-codes: 0 done, 1 verify found a difference, 65 data, 74 disk, 78 configuration.
+Families: docs/huggingface.md. One tensor is in memory at a time; an interrupted conversion goes on where it stopped.
+`import` keeps every dtype and every file that is no weight; `export` of it gives the same bits. A checkpoint of a run
+is exported in the dtype of the folder that it began from, or of the run; --dtype sets another. Exit codes: 0 done, 1
+verify found a difference, 65 data, 74 disk, 78 configuration.
 """
 
 import argparse

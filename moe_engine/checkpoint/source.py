@@ -5,6 +5,7 @@ long as the file is open; who streams through many files keeps one open at a tim
 """
 
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class Source:
     def __init__(
         self,
         folder: Path,
-        shapes: Mapping[str, tuple[int, ...]],
+        shapes: Mapping[str, Shape],
         stored: Mapping[str, list[Stored]],
         keep_open: int = 0,
     ):
@@ -92,12 +93,8 @@ class Source:
         pieces = [stored for stored in self.stored.get(name, []) if _meet(stored.piece, [box])]
         if not pieces:
             raise DataError(f"{self.folder}: no weight {name}")
-        found = self.file(pieces[0].file).get_slice(self.key(kind, pieces[0])).get_dtype()
-        out = TORCH_OF[found]
-        for stored in pieces[1:]:
-            other = self.file(stored.file).get_slice(self.key(kind, stored)).get_dtype()
-            out = torch.promote_types(out, TORCH_OF[other])
-        return out
+        found = (self.file(stored.file).get_slice(self.key(kind, stored)).get_dtype() for stored in pieces)
+        return reduce(torch.promote_types, (TORCH_OF[name] for name in found))
 
 
 def _meet(piece: Piece, boxes: list[Box]) -> bool:

@@ -138,7 +138,7 @@ def files_of(folder: Path) -> dict[str, Path]:
 def inside(folder: Path, name: Any) -> Path:
     """The path of a regular file of the folder itself, or of the blob that the hub's cache links it to."""
     plain = isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
-    if not plain or (name.endswith(SUFFIX) is False and name != INDEX):
+    if not plain or not (name.endswith(SUFFIX) or name == INDEX):
         raise DataError(f"{folder / INDEX}: names {shown(name)}, expected the name of a .safetensors file beside it")
     path = folder / name
     if size_in(folder, path) is not None:
