@@ -2,7 +2,7 @@
 
 The extension is optional: without a C++ compiler, or without torch in the build environment (pip's isolated builds),
 the package installs without it, says so in one line, and its ops run their plain torch definition. One build serves
-every processor of its architecture: csrc/simd.h and csrc/tiles.cpp choose instruction sets at run time.
+every processor of its architecture: csrc/simd.h and csrc/machine.h choose instruction sets at run time.
 
     pip install --no-build-isolation -e .       python setup.py build_ext --inplace
 """

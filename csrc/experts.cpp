@@ -8,65 +8,17 @@
 //   tokens      dh w_gate_up                  -> dx[t], the sum over the token's rows
 #include "grouped.h"
 #include "permute.h"
+#include "swiglu.h"
 
 #include <ATen/ops/empty_like.h>
+
+#include <numeric>
 
 namespace moe_engine {
 namespace {
 
 using at::Tensor;
-constexpr int64_t kLanes = 16;  // partial sums of a row
-
-// gate <- s silu(gate) up
-template <typename W>
-INLINE void activate(W* __restrict gate, const W* __restrict up, W s, int64_t count) {
-  for (int64_t i = 0; i < count; i++) gate[i] *= s / (1 + fast_exp(-gate[i])) * up[i];
-}
-
-// a = s silu(gate) up, the gradients of gate and up where that of a is da, and da <- da silu(gate) up. What is rounded
-// is rounded later: conversions to bf16 inside would halve the speed of the loop.
-template <typename T, typename W>
-INLINE void differentiate(W* __restrict da, const T* __restrict gate, const T* __restrict up, W s,
-                          W* __restrict grad_gate, W* __restrict grad_up, W* __restrict a, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    W g = widen(gate[i]), u = widen(up[i]), sigmoid = 1 / (1 + fast_exp(-g)), silu = g * sigmoid, d = s * da[i];
-    grad_gate[i] = d * u * sigmoid * (1 + g * (1 - sigmoid));
-    grad_up[i] = d * silu;
-    a[i] = s * silu * u;
-    da[i] *= silu * u;
-  }
-}
-
-// The sum of a row, in an order that the compiler can vectorise.
-template <typename W>
-INLINE W sum(const W* row, int64_t count) {
-  W parts[kLanes] = {}, total = 0;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int64_t j = 0; j < kLanes; j++) parts[j] += row[i + j];
-  for (; i < count; i++) total += row[i];
-  for (int64_t j = 0; j < kLanes; j++) total += parts[j];
-  return total;
-}
-
-MULTIVERSION void up_row(float* gate, const float* up, float s, int64_t n) { activate(gate, up, s, n); }
-void up_row(double* gate, const double* up, double s, int64_t n) { activate(gate, up, s, n); }
-
-MULTIVERSION float hidden_row(float* da, const float* gate, const float* up, float s, float* grad_gate, float* grad_up,
-                              float* a, int64_t n) {
-  differentiate(da, gate, up, s, grad_gate, grad_up, a, n);
-  return sum(da, n);
-}
-MULTIVERSION float hidden_row(float* da, const Bits* gate, const Bits* up, float s, float* grad_gate, float* grad_up,
-                              float* a, int64_t n) {
-  differentiate(da, gate, up, s, grad_gate, grad_up, a, n);
-  return sum(da, n);
-}
-double hidden_row(double* da, const double* gate, const double* up, double s, double* grad_gate, double* grad_up,
-                  double* a, int64_t n) {
-  differentiate(da, gate, up, s, grad_gate, grad_up, a, n);
-  return sum(da, n);
-}
+constexpr int64_t kHalf = kWide / 2;  // columns of the gate in a task of up; those of up follow
 
 // What both directions read. `width` is D, `hidden` F.
 template <typename T>
@@ -79,33 +31,36 @@ struct Layer {
 
   Wide<T> weight_of(int64_t row) const { return weight[x.assignment[row]]; }
 
-  // h and a, or one of them
-  void up(T* h, T* a) const {
-    auto tasks = groups.blocks(hidden, kNarrow);
+  // h and a, or one of them; `words` are the rows of x in whole words
+  void up(const Rows<T>& words, T* h, T* a) const {
+    auto tasks = groups.blocks(hidden, kHalf);
+    bool past = a && aligned(h, hidden);  // h is for backward, which comes later if a is asked for
     share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
       const Task& t = tasks[i];
       const T* w = w_gate_up + (2 * t.expert * hidden + t.column) * width;
-      x.point(t.row, t.rows, s.rows);
-      dot(s.rows, t.rows, w, width, t.columns, width, s.c[0], kNarrow);
-      dot(s.rows, t.rows, w + hidden * width, width, t.columns, width, s.c[1], kNarrow);
-      for (int64_t half = 0; h && half < 2; half++) {
-        round_rows(s.c[half], kNarrow, h + (2 * t.row + half) * hidden + t.column, 2 * hidden, t.rows, t.columns);
+      words.point(t.row, t.rows, s.rows);
+      times(s.rows, t.rows, {w, width, true}, width, t.columns, s.c, s);
+      times(s.rows, t.rows, {w + hidden * width, width, true}, width, t.columns, s.c + kHalf, s);
+      for (int64_t r = t.row; r < t.row + t.rows; r++) {
+        const Wide<T>*gate = s.c + (r - t.row) * kWide, *up = gate + kHalf;
+        T* row = h + 2 * r * hidden + t.column;
+        if (h) round_rows(gate, kWide, row, hidden, 1, t.columns, past);
+        if (h) round_rows(up, kWide, row + hidden, hidden, 1, t.columns, past);
+        if (a) swiglu_row(gate, up, weight_of(r), a + r * hidden + t.column, t.columns);
       }
-      if (!a) return;
-      for (int64_t r = 0; r < t.rows; r++)
-        up_row(s.c[0] + r * kNarrow, s.c[1] + r * kNarrow, weight_of(t.row + r), t.columns);
-      round_rows(s.c[0], kNarrow, a + t.row * hidden + t.column, hidden, t.rows, t.columns);
+      drain();
     });
   }
 
   // o
-  void down(const T* a, T* o) const {
-    auto tasks = groups.blocks(width, kNarrow);
+  void down(const Rows<T>& a, T* o) const {
+    auto tasks = groups.blocks(width, kWide);
     share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
       const Task& t = tasks[i];
-      Rows<T>{a, hidden}.point(t.row, t.rows, s.rows);
-      dot(s.rows, t.rows, w_down + (t.expert * width + t.column) * hidden, hidden, t.columns, hidden, s.c[0], kNarrow);
-      round_rows(s.c[0], kNarrow, o + t.row * width + t.column, width, t.rows, t.columns);
+      a.point(t.row, t.rows, s.rows);
+      const T* w = w_down + (t.expert * width + t.column) * hidden;
+      times(s.rows, t.rows, {w, hidden, true}, hidden, t.columns, s.c, s);
+      round_rows(s.c, kWide, o + t.row * width + t.column, width, t.rows, t.columns);
     });
   }
 
@@ -115,15 +70,12 @@ struct Layer {
     share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
       const Task& t = tasks[i];
       grad.point(t.row, t.rows, s.rows);
-      times_panels(s.rows, t, w_down + t.expert * width * hidden, width, hidden, s);
-      Wide<T>*grad_gate = s.c[1], *grad_up = s.c[1] + kWide, *activation = s.c[1] + 2 * kWide;
+      times(s.rows, t.rows, {w_down + t.expert * width * hidden + t.column, hidden, false}, width, t.columns, s.c, s);
       for (int64_t r = t.row; r < t.row + t.rows; r++) {
         int64_t gate = 2 * r * hidden + t.column, up = gate + hidden;
-        dweight[r * blocks_of(hidden, kWide) + t.column / kWide] = hidden_row(
-            s.c[0] + (r - t.row) * kWide, h + gate, h + up, weight_of(r), grad_gate, grad_up, activation, t.columns);
-        round_rows(grad_gate, kWide, dh + gate, hidden, 1, t.columns);
-        round_rows(grad_up, kWide, dh + up, hidden, 1, t.columns);
-        round_rows(activation, kWide, a + r * hidden + t.column, hidden, 1, t.columns);
+        dweight[r * blocks_of(hidden, kWide) + t.column / kWide] =
+            swiglu_backward_row(s.c + (r - t.row) * kWide, h + gate, h + up, weight_of(r), dh + gate, dh + up,
+                                a + r * hidden + t.column, t.columns);
       }
     });
   }
@@ -134,8 +86,9 @@ struct Layer {
     share<T>(tasks.size(), [&](int64_t i, Scratch<T>& s) {
       const Task& t = tasks[i];
       Rows<T>{dh, 2 * hidden}.point(t.row, t.rows, s.rows);
-      times_panels(s.rows, t, w_gate_up + 2 * t.expert * hidden * width, 2 * hidden, width, s);
-      round_rows(s.c[0], kWide, dx + t.row * width + t.column, width, t.rows, t.columns);
+      const T* w = w_gate_up + 2 * t.expert * hidden * width + t.column;
+      times(s.rows, t.rows, {w, width, false}, 2 * hidden, t.columns, s.c, s);
+      round_rows(s.c, kWide, dx + t.row * width + t.column, width, t.rows, t.columns);
     });
   }
 
@@ -154,19 +107,20 @@ struct Layer {
 
 std::tuple<Tensor, Tensor> experts(const Tensor& x_, const Tensor& weight_, const Tensor& gate_up_, const Tensor& down_,
                                    const Tensor& counts, const Tensor& assignment_, const Tensor& row_of, bool keep_h) {
-  Tensor x = x_.contiguous(), weight = weight_.contiguous(), gate_up = gate_up_.contiguous();
+  Tensor x = whole_words(x_), weight = weight_.contiguous(), gate_up = gate_up_.contiguous();
   Tensor down = down_.contiguous(), assignment = assignment_.contiguous(), y;
-  int64_t rows = assignment.size(0), width = x.size(1), hidden = down.size(2);
+  int64_t rows = assignment.size(0), width = down.size(1), hidden = down.size(2);
   Groups groups(counts, rows);
   Tensor h = empty({keep_h ? rows : 0, 2 * hidden}, x.options());
   if (keep_h) h.slice(0, groups.total()).zero_();
   by_dtype(x.scalar_type(), "experts", [&](auto zero) {
     using T = decltype(zero);
-    Layer<T> layer{{data<T>(x), width, data<int32_t>(assignment), row_of.size(1)}, data<Wide<T>>(weight),
-                   data<T>(gate_up), data<T>(down), width, hidden, groups};
+    Rows<T> words{data<T>(x), x.size(1), data<int32_t>(assignment), row_of.size(1)};
+    Layer<T> layer{words, data<Wide<T>>(weight), data<T>(gate_up), data<T>(down), width, hidden, groups};
     Tensor a = empty({groups.total(), hidden}, x.options()), o = empty({rows, width}, x.options());
-    layer.up(keep_h ? output<T>(h) : nullptr, output<T>(a));
-    layer.down(data<T>(a), output<T>(o));
+    layer.up(words, keep_h ? output<T>(h) : nullptr, output<T>(a));
+    a = whole_words(a);
+    layer.down({data<T>(a), a.size(1)}, output<T>(o));
     o.slice(0, groups.total()).zero_();
     y = unpermute(o, assignment, row_of);
   });
@@ -180,7 +134,8 @@ Tensor weight_gradient(const Tensor& parts, const Tensor& row_of_, int64_t total
   int64_t blocks = parts.size(1);
   for (int64_t i = 0; i < row_of.numel(); i++) {
     int64_t row = data<int32_t>(row_of)[i];
-    output<Wide<T>>(out)[i] = row < total ? sum(data<Wide<T>>(parts) + row * blocks, blocks) : 0;
+    const Wide<T>* part = data<Wide<T>>(parts) + row * blocks;
+    output<Wide<T>>(out)[i] = row < total ? std::accumulate(part, part + blocks, Wide<T>(0)) : 0;
   }
   return out;
 }
@@ -204,7 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(const Tensor& grad_,
     Rows<T> grads{data<T>(grad), grad.size(1), order, k};
     if (h.size(0) == 0) {
       h = empty({rows, 2 * hidden}, x.options());
-      layer.up(output<T>(h), nullptr);
+      Tensor words = whole_words(x);
+      layer.up({data<T>(words), words.size(1), order, k}, output<T>(h), nullptr);
     }
     Tensor dh = empty({rows, 2 * hidden}, x.options()), a = empty({rows, hidden}, x.options());
     Tensor parts = empty({rows, blocks_of(hidden, kWide)}, weight.options());

@@ -1,10 +1,10 @@
-// What grouped_mm and experts share: where the experts' rows lie, how threads divide the work, and the three products
-// of a task. A weight is read where it lies, once for each kRows rows of its expert, and never copied whole; each
+// What grouped_mm and experts share: where the experts' rows lie, how threads divide the work, and the products of a
+// task. A weight is read where it lies, once for each kRows rows of its expert, and never copied whole; each
 // output has one writer, and the order of its sum does not depend on the number of threads.
 //
-//   dot            c = rows w^T         csrc/tiles.h: rows and w are read in place
-//   times_panels   c = rows w           w is packed panel by panel, each of which a core keeps while it meets all rows
-//   gradient       dw = left^T right    both are packed; dw is written once, past the caches
+//   times          c = rows w or rows w^T    w is packed panel by panel, each of which a core keeps while it meets all
+//                                            rows
+//   gradient       dw = left^T right         both are packed; dw is written once, past the caches
 #pragma once
 
 #include "tiles.h"
@@ -20,9 +20,9 @@ namespace moe_engine {
 
 constexpr int64_t kRows = 192;    // most rows of a task
 constexpr int64_t kEven = 12;     // the size of an expert's blocks of rows is a multiple of it, as the tiles divide it
-constexpr int64_t kNarrow = 256;  // columns of a task of dot
-constexpr int64_t kWide = 512;    // columns of a task of times_panels
+constexpr int64_t kWide = 512;    // columns of a task of times
 constexpr int64_t kFlat = 192;    // rows of dw of a task of gradient
+constexpr int64_t kDeep = 128;    // words along its rows that gradient sums at once
 constexpr int64_t kStrip = 512;   // columns of dw that are summed at once over more rows than a panel holds
 
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
@@ -94,9 +94,9 @@ struct Rows {
 // What a thread works in.
 template <typename T>
 struct Scratch {
-  alignas(64) Wide<T> c[2][kRows * kWide];
-  alignas(64) Word<T> panel[kDepth * kPanel], left[kDepth * kFlat];
-  const T *rows[std::max(kRows, kPair<T> * kDepth)], *more[kPair<T> * kDepth];
+  alignas(64) Wide<T> c[kRows * kWide];
+  alignas(64) Word<T> panel[kDeep * kPanel], left[kDeep * kFlat];
+  const T *rows[std::max(kRows, kPair<T> * kDeep)], *more[kPair<T> * kDeep];
 };
 
 // Run task(i, scratch) for each i < count; a thread takes another one when it is done. Half of the threads take the
@@ -114,36 +114,54 @@ void share(int64_t count, const Function& task) {
   });
 }
 
-// Contiguous rows for times_panels: none may end in half a word of bf16, the other half of which would be the next row.
+// Contiguous rows for times: none may end in half a word of bf16, the other half of which would be the next row.
 inline at::Tensor whole_words(const at::Tensor& rows) {
   bool odd = rows.scalar_type() == at::kBFloat16 && rows.size(1) % 2;
   return odd ? at::constant_pad_nd(rows, {0, 1}) : rows.contiguous();
 }
 
-// s.c[0][rows][kWide] = rows, `depth` long, times the task's columns of w[depth][width]
+// The right operand of times: w[k][n], or w[n][k] if that is `across`, rows `ld` apart.
 template <typename T>
-void times_panels(const T* const* rows, const Task& t, const T* w, int64_t depth, int64_t width, Scratch<T>& s) {
-  for (int64_t k0 = 0; k0 < depth; k0 += kPair<T> * kDepth) {
-    int64_t deep = std::min(kPair<T> * kDepth, depth - k0);
-    const T* block = w + k0 * width + t.column;
-    Rows<T>{block, width}.point(0, deep, s.more);
-    for (int64_t p = 0; p < t.columns; p += kPanel) {
-      pack(s.more, p, deep, std::min(kPanel, t.columns - p), kPanel, s.panel);
-      const T* next = p + kPanel < t.columns ? block + p + kPanel : block + deep * width;
-      outer<T>({rows, k0, kPair<T>}, t.rows, s.panel, blocks_of(deep, kPair<T>), {next, width},
-               {s.c[0] + p, kWide, k0 > 0});
-    }
+struct Factor {
+  const T* base;
+  int64_t ld;
+  bool across;
+
+  const T* at(int64_t k, int64_t n) const { return across ? base + n * ld + k : base + k * ld + n; }
+  void pack(int64_t k, int64_t depth, int64_t n, int64_t columns, Scratch<T>& s) const {
+    if (across) return pack_across(at(k, n), ld, columns, depth, s.panel);
+    Rows<T>{at(k, n), ld}.point(0, depth, s.more);
+    moe_engine::pack(s.more, 0, depth, columns, kPanel, s.panel);
+  }
+  Next<T> next(int64_t k, int64_t n) const {
+    return across ? Next<T>::across(at(k, n), ld) : Next<T>::down(at(k, n), ld);
+  }
+};
+
+// c[rows][kWide] = rows, `depth` long, times `columns` columns of w. Panels follow each other as they lie in memory.
+template <typename T>
+void times(const T* const* rows, int64_t count, const Factor<T>& w, int64_t depth, int64_t columns, Wide<T>* c,
+           Scratch<T>& s) {
+  constexpr int64_t most = kPair<T> * kDepth;
+  int64_t chunks = blocks_of(depth, most), panels = blocks_of(columns, kPanel);
+  auto k_of = [&](int64_t i) { return most * (w.across ? i % chunks : i / panels); };
+  auto p_of = [&](int64_t i) { return kPanel * (w.across ? i / chunks : i % panels); };
+  for (int64_t i = 0; i < chunks * panels; i++) {
+    int64_t k = k_of(i), p = p_of(i), deep = std::min(most, depth - k);
+    w.pack(k, deep, p, std::min(kPanel, columns - p), s);
+    outer<T>({rows, k, kPair<T>}, count, s.panel, blocks_of(deep, kPair<T>), w.next(k_of(i + 1), p_of(i + 1)),
+             {c + p, kWide, k > 0});
   }
 }
 
 // dw[left's columns of the task][right's width] = left^T right over the task's rows
 template <typename T>
 void gradient(const Rows<T>& left, const Rows<T>& right, const Task& t, Scratch<T>& s, T* dw) {
-  constexpr int64_t most = kPair<T> * kDepth;
+  constexpr int64_t most = kPair<T> * kDeep;
   bool once = t.rows <= most;  // otherwise sums wait for the next chunk of rows
   int64_t width = right.width, strip = once ? width : kStrip;
   T* out = dw + t.column * width;
-  bool aligned = reinterpret_cast<uintptr_t>(dw) % 64 == 0 && width * sizeof(T) % 64 == 0;
+  bool past = aligned(dw, width);
   const T* columns[kFlat];
   for (int64_t i = 0; i < kFlat; i++) columns[i] = reinterpret_cast<const T*>(s.left + i);
   if (t.rows == 0) std::memset(out, 0, t.columns * width * sizeof(T));
@@ -156,10 +174,10 @@ void gradient(const Rows<T>& left, const Rows<T>& right, const Task& t, Scratch<
       pack(s.rows, t.column, deep, t.columns, kFlat, s.left);
       for (int64_t p = s0; p < std::min(s0 + strip, width); p += kPanel) {
         int64_t wide = std::min(kPanel, width - p);
-        bool direct = last && aligned && wide == kPanel;
-        Wide<T>* sums = s.c[0] + (once ? 0 : p - s0);
+        bool direct = last && past && wide == kPanel;
+        Wide<T>* sums = s.c + (once ? 0 : p - s0);
         pack(s.more, p, deep, wide, kPanel, s.panel);
-        outer<T>({columns, 0, kPair<T> * kFlat}, t.columns, s.panel, blocks_of(deep, kPair<T>), {columns[0], 0},
+        outer<T>({columns, 0, kPair<T> * kFlat}, t.columns, s.panel, blocks_of(deep, kPair<T>), {},
                  {sums, kStrip, r > 0, direct ? out + p : nullptr, width});
         if (last && !direct) round_rows(sums, kStrip, out + p, width, t.columns, wide);
       }

@@ -24,18 +24,18 @@ Groups all(int64_t tokens) { return Groups(at::tensor({static_cast<int32_t>(toke
 Tensor router_logits(const Tensor& x_, const Tensor& w_) {
   // jitter makes x fp32 where w is bf16
   auto type = x_.scalar_type() == w_.scalar_type() ? x_.scalar_type() : at::kFloat;
-  Tensor x = x_.to(type).contiguous(), w = w_.to(type).contiguous(), logits;
-  int64_t tokens = x.size(0), experts = w.size(0), width = x.size(1);
+  Tensor x = whole_words(x_.to(type)), w = w_.to(type).contiguous(), logits;
+  int64_t tokens = x.size(0), experts = w.size(0), width = w.size(1);
   by_dtype(x.scalar_type(), "router_logits", [&](auto zero) {
     using T = decltype(zero);
     logits = empty({tokens, experts}, x.options().dtype(kWideType<T>));
-    int64_t columns = blocks_of(experts, kNarrow);
+    int64_t columns = blocks_of(experts, kWide);
     share<T>(blocks_of(tokens, kTokens) * columns, [&](int64_t i, Scratch<T>& s) {
       int64_t row = i / columns * kTokens, rows = std::min(kTokens, tokens - row);
-      int64_t column = i % columns * kNarrow, wide = std::min(kNarrow, experts - column);
-      Rows<T>{data<T>(x), width}.point(row, rows, s.rows);
-      dot(s.rows, rows, data<T>(w) + column * width, width, wide, width, s.c[0], kNarrow);
-      round_rows(s.c[0], kNarrow, output<Wide<T>>(logits) + row * experts + column, experts, rows, wide);
+      int64_t column = i % columns * kWide, wide = std::min(kWide, experts - column);
+      Rows<T>{data<T>(x), x.size(1)}.point(row, rows, s.rows);
+      times(s.rows, rows, {data<T>(w) + column * width, width, true}, width, wide, s.c, s);
+      round_rows(s.c, kWide, output<Wide<T>>(logits) + row * experts + column, experts, rows, wide);
     });
   });
   return logits;
@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor> router_logits_backward(const Tensor& grad_, const Ten
       Rows<W> rows{data<W>(grad), experts};
       if (i < firsts) return gradient(rows, Rows<W>{data<W>(x), width}, t, s, output<W>(wide_dw));
       rows.point(t.row, t.rows, s.rows);
-      times_panels(s.rows, t, data<W>(w), experts, width, s);
-      round_rows(s.c[0], kWide, output<T>(dx) + t.row * width + t.column, width, t.rows, t.columns);
+      times(s.rows, t.rows, {data<W>(w) + t.column, width, false}, experts, t.columns, s.c, s);
+      round_rows(s.c, kWide, output<T>(dx) + t.row * width + t.column, width, t.rows, t.columns);
     });
     if (need_w) dw = wide_dw.to(w_.scalar_type());
   });

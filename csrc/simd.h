@@ -55,24 +55,33 @@ INLINE void narrow(float value, Bits& out) {
   out = static_cast<Bits>(chosen);
 }
 
-// exp with a relative error of 2e-7 (degree 6 on [-ln2/2, ln2/2]): 0 below -87.3, finite above 88.3, NaN for NaN.
-INLINE float fast_exp(float x) {
-  float bounded = x > 88.3f ? 88.3f : x;
-  bounded = bounded < -87.3f ? -87.3f : bounded;
-  float n = (bounded * 1.44269504f + 12582912.f) - 12582912.f;
-  float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
+// exp with a relative error of 2e-7 (degree 6 on [-ln2/2, ln2/2]): 0 below -87.3, finite above 88.3, NaN for NaN. F is
+// float or a vector of them, I as many int32.
+template <typename F, typename I>
+INLINE F fast_exp(F x) {
+  F bounded = x > 88.3f ? F{} + 88.3f : x;
+  bounded = bounded < -87.3f ? F{} - 87.3f : bounded;
+  F n = (bounded * 1.44269504f + 12582912.f) - 12582912.f;
+  F r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+  F p = F{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  int32_t exponent = (static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &exponent, 4);
-  return x < -87.3f ? 0.f : p * scale;
+  I exponent;
+  if constexpr (std::is_same_v<F, float>) {
+    exponent = static_cast<I>(n);
+  } else {
+    exponent = __builtin_convertvector(n, I);
+  }
+  exponent = (exponent + 127) << 23;
+  F scale;
+  std::memcpy(&scale, &exponent, sizeof scale);
+  return x < -87.3f ? F{} : p * scale;
 }
+INLINE float fast_exp(float x) { return fast_exp<float, int32_t>(x); }
 INLINE double fast_exp(double x) { return std::exp(x); }
 
 // fp32 for fp32 and bf16, fp64 for fp64: what a kernel computes in.
