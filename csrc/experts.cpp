@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor> experts(const Tensor& x_, const Tensor& weight_, cons
   int64_t rows = assignment.size(0), width = down.size(1), hidden = down.size(2);
   Groups groups(counts, rows);
   Tensor h = empty({keep_h ? rows : 0, 2 * hidden}, x.options());
-  if (keep_h) h.slice(0, groups.total()).zero_();
+  if (keep_h) groups.clear_rest(h);
   by_dtype(x.scalar_type(), "experts", [&](auto zero) {
     using T = decltype(zero);
     Rows<T> words{data<T>(x), x.size(1), data<int32_t>(assignment), row_of.size(1)};
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor> experts(const Tensor& x_, const Tensor& weight_, cons
     layer.up(words, keep_h ? output<T>(h) : nullptr, output<T>(a));
     a = whole_words(a);
     layer.down({data<T>(a), a.size(1)}, output<T>(o));
-    o.slice(0, groups.total()).zero_();
+    groups.clear_rest(o);
     y = unpermute(o, assignment, row_of);
   });
   return {y, h};
@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(const Tensor& grad_,
     if (need_x) {
       Tensor rows_of_dx = empty({rows, width}, x.options());
       layer.backward_tokens(data<T>(dh), output<T>(rows_of_dx));
-      rows_of_dx.slice(0, groups.total()).zero_();
+      groups.clear_rest(rows_of_dx);
       dx = unpermute(rows_of_dx, assignment, row_of);
     }
   });

@@ -37,20 +37,28 @@ struct Task {
 struct Groups {
   std::vector<int64_t> start{0}, by_size;  // by_size: the experts, those with the most rows first
 
-  Groups(const at::Tensor& counts_, int64_t rows) {
-    at::Tensor counts = counts_.contiguous();
-    for (int64_t e = 0; e < counts.numel(); e++) {
-      TORCH_CHECK_VALUE(data<int32_t>(counts)[e] >= 0, "found a negative count of rows, expected 0 or more");
-      start.push_back(start.back() + data<int32_t>(counts)[e]);
+  explicit Groups(at::ArrayRef<int32_t> counts) {
+    for (int64_t count : counts) {
+      TORCH_CHECK_VALUE(count >= 0, "found a negative count of rows, expected 0 or more");
+      start.push_back(start.back() + count);
     }
-    TORCH_CHECK_VALUE(total() <= rows, "found counts that sum to ", total(), ", expected at most ", rows,
-                      ", the number of rows");
     for (int64_t e = 0; e < experts(); e++) by_size.push_back(e);
     std::stable_sort(by_size.begin(), by_size.end(), [&](int64_t a, int64_t b) { return size(a) > size(b); });
+  }
+  // counts: int32 in order of the experts, which have some of `rows` rows
+  Groups(const at::Tensor& counts, int64_t rows)
+      : Groups(at::ArrayRef<int32_t>(data<int32_t>(counts.contiguous()), counts.numel())) {
+    TORCH_CHECK_VALUE(total() <= rows, "found counts that sum to ", total(), ", expected at most ", rows,
+                      ", the number of rows");
   }
   int64_t experts() const { return start.size() - 1; }
   int64_t total() const { return start.back(); }
   int64_t size(int64_t e) const { return start[e + 1] - start[e]; }
+
+  // Rows that no expert has are 0.
+  void clear_rest(const at::Tensor& rows) const {
+    if (total() < rows.size(0)) rows.slice(0, total()).zero_();
+  }
 
   // Blocks of rows, of nearly one size in an expert, and columns; those that read the same weights follow each other.
   std::vector<Task> blocks(int64_t width, int64_t wide) const {

@@ -14,7 +14,7 @@ Tensor grouped_mm(const Tensor& x_, const Tensor& w_, const Tensor& counts) {
   Tensor x = whole_words(x_), w = w_.contiguous(), y = empty({x.size(0), w.size(1)}, x.options());
   int64_t n = w.size(1), k = w.size(2);
   Groups groups(counts, x.size(0));
-  y.slice(0, groups.total()).zero_();
+  groups.clear_rest(y);
   by_dtype(x.scalar_type(), "grouped_mm", [&](auto zero) {
     using T = decltype(zero);
     auto tasks = groups.blocks(n, kWide);
@@ -32,7 +32,7 @@ Tensor grouped_mm_dx(const Tensor& grad_, const Tensor& w_, const Tensor& counts
   Tensor grad = whole_words(grad_), w = w_.contiguous(), dx = empty({grad.size(0), w.size(2)}, grad.options());
   int64_t n = w.size(1), k = w.size(2);
   Groups groups(counts, grad.size(0));
-  dx.slice(0, groups.total()).zero_();
+  groups.clear_rest(dx);
   by_dtype(grad.scalar_type(), "grouped_mm_dx", [&](auto zero) {
     using T = decltype(zero);
     auto tasks = groups.blocks(k, kWide);

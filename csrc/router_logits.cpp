@@ -6,8 +6,6 @@
 //   dw       dlogits^T x         tasks: blocks of experts
 #include "grouped.h"
 
-#include <ATen/ops/tensor.h>
-
 namespace moe_engine {
 namespace {
 
@@ -17,9 +15,6 @@ constexpr int64_t kExperts = 24;  // of a task of dw
 
 template <typename T>
 constexpr at::ScalarType kWideType = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
-
-// One group of all tokens.
-Groups all(int64_t tokens) { return Groups(at::tensor({static_cast<int32_t>(tokens)}, at::kInt), tokens); }
 
 Tensor router_logits(const Tensor& x_, const Tensor& w_) {
   // jitter makes x fp32 where w is bf16
@@ -48,7 +43,8 @@ std::tuple<Tensor, Tensor> router_logits_backward(const Tensor& grad_, const Ten
   by_dtype(x_.scalar_type(), "router_logits_backward", [&](auto zero) {
     using T = decltype(zero);
     using W = Wide<T>;
-    Groups groups = all(tokens);
+    int32_t all = tokens;
+    Groups groups{at::ArrayRef<int32_t>(all)};
     auto first = groups.strips(need_w ? experts : 0, kExperts), second = groups.blocks(need_x ? width : 0, kWide);
     Tensor x = need_w ? x_.to(kWideType<T>).contiguous() : x_, w = need_x ? w_.to(kWideType<T>).contiguous() : w_;
     Tensor wide_dw = empty({need_w ? experts : 0, width}, x.options());
