@@ -17,7 +17,7 @@ from moe_engine.model.moe import Home, MoE, bring
 from moe_engine.model.norm import RMSNorm
 from moe_engine.parallel.collectives import all_gather, reduce_scatter
 from moe_engine.parallel.linear import ColumnLinear, VocabEmbedding
-from moe_engine.parallel.mesh import Mesh
+from moe_engine.parallel.mesh import Axis, Mesh
 
 Stats = tuple[Tensor, Tensor]
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Stats]:
         return self.finish(*self.compute(x_TD, at, member_BT))
 
-    def compute(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor, Home | None, Stats]:
+    def compute(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor, Home | Axis, Stats]:
         """What recompute repeats: all but the way of the feed-forward experts' outputs back to their tokens."""
         h_TD, stats_BX = self.attention_norm(x_TD), member_BT.new_zeros(member_BT.shape[0], 0)
         if isinstance(self.attention, AttentionMoE):
@@ -48,11 +48,11 @@ class Block(nn.Module):
         x_TD = x_TD + y_TD
         h_TD = self.ffn_norm(x_TD)
         if not isinstance(self.ffn, MoE):
-            return x_TD, self.ffn(h_TD), None, (stats_BX, attention_BX)
+            return x_TD, self.ffn(h_TD), Axis("here"), (stats_BX, attention_BX)
         rows, home, shared_TD, stats_BX = self.ffn.through_experts(h_TD, member_BT)
         return x_TD if shared_TD is None else x_TD + shared_TD, rows, home, (stats_BX, attention_BX)
 
-    def finish(self, x_TD: Tensor, rows: Tensor, home: Home | None, stats: Stats) -> tuple[Tensor, Stats]:
+    def finish(self, x_TD: Tensor, rows: Tensor, home: Home | Axis, stats: Stats) -> tuple[Tensor, Stats]:
         return x_TD + bring(rows, home), stats
 
 
