@@ -73,6 +73,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             Block(config, mesh, i, keep_h, replicate_attention_experts) for i in range(config.num_hidden_layers)
         )
+        self.inverse_frequency = inverse_frequencies(config)  # not a buffer: those become bf16 with the model
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, mesh.tp)
         self.head = ColumnLinear(config.hidden_size, config.vocab_size, mesh.tp, config.initializer_range)
         if config.tie_word_embeddings:
@@ -100,7 +101,8 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The normalised output of the last layer for all tokens, h[T, D], and stats[N, B, X]."""
         x_TD = reduce_scatter(self.embedding(tokens_BS.flatten()), self.tp)
-        at = places(positions_BS, self._inverse_frequency(x_TD.device), x_TD.dtype)
+        self.inverse_frequency = self.inverse_frequency.to(x_TD.device)  # once: such a copy waits for the device
+        at = places(positions_BS, self.inverse_frequency, x_TD.dtype)
         member_BT = self._membership(tokens_BS, counted_BS)
         pairs = []
         for layer in self.layers:
@@ -109,9 +111,6 @@ class Transformer(nn.Module):
         stats = [stats_BX for kind in zip(*pairs, strict=True) for stats_BX in kind if stats_BX.shape[1]]
         packed = torch.stack(stats) if stats else member_BT.new_zeros(0, tokens_BS.shape[0], 3)
         return all_gather(self.norm(x_TD), self.tp), packed
-
-    def _inverse_frequency(self, device: torch.device) -> Tensor:
-        return inverse_frequencies(self.config).to(device)
 
     def _membership(self, tokens_BS: Tensor, counted_BS: Tensor | None) -> Tensor:
         """member[B, T/tp] fp32: 1 where one of this rank's tokens belongs to a sequence and counts."""
