@@ -155,10 +155,10 @@ class AttentionMoE(nn.Module):
         ticket_TK3 = self._tickets(routing.weight_TK, at.positions_BS, sequences)
         flight, home = depart(x_TD, ticket_TK3, routing.index_TK, self.config.num_attention_experts, self.ep, self.tp)
         stats_BX = reduce_from(member_BT @ pack_stats(*routing[2:], experts=self.config.router_columns), self.tp)
-        rows_MD, ticket_M3, expert_M1 = flight.land()
+        rows_MD, ticket_M3 = flight.land()
         token_M, position_M = ticket_M3[:, 1:].long().unbind(1)
         experts = self.experts.w_k.shape[0]
-        order = arrange(expert_M1.squeeze(1).long(), token_M, position_M, experts, sequences, x_TD.dtype)
+        order = arrange(flight.expert_M.long(), token_M, position_M, experts, sequences, x_TD.dtype)
         x_ND, weight_N1, position_N1 = (
             _take(rows, order.row_N) for rows in (rows_MD, ticket_M3[:, :1], position_M.unsqueeze(1))
         )

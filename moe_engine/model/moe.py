@@ -7,10 +7,11 @@
                  combine    reduce_scatter over tp, all_to_all over ep             R rows
     y[T/tp, D]   unpermute  sum over the k rows of a token
 
-On one rank `experts` reads the tokens themselves and sums each token's rows: nothing is permuted. With more ranks each
-arriving row is a token with one expert. A row's weight travels with it, so that its gradient is computed where the
-expert is and the experts' outputs need not be kept; what does not depend on the rows that travel, the statistics of the
-router and the shared expert, which every token visits, unweighted, is computed meanwhile.
+Where ep = 1 nothing is permuted: `experts` reads the tokens themselves, all_gathered over tp, and sums each token's
+rows; y[T, D]{tp} is reduce_scattered. With ep > 1 each arriving row is a token with one expert. A row's weight travels
+with it, so that its gradient is computed where the expert is and the experts' outputs need not be kept; what does not
+depend on the rows that travel, the statistics of the router and the shared expert, which every token visits,
+unweighted, is computed meanwhile.
 
 The router weight is replicated over tp while every tp rank routes tokens of its own, so its gradient is summed over tp
 (`copy_to`). Dropless by default; a capacity factor drops, per rank and micro-batch, what lies past
@@ -27,7 +28,7 @@ from moe_engine.config import Model
 from moe_engine.model.mlp import DenseMLP
 from moe_engine.model.router_losses import pack_stats
 from moe_engine.ops import experts, permute, router_logits, router_topk, sort_by_expert, unpermute
-from moe_engine.parallel.collectives import copy_to, reduce_from
+from moe_engine.parallel.collectives import all_gather, copy_to, gather_rows, reduce_from, reduce_scatter
 from moe_engine.parallel.dispatch import Flight, Route, Table, combine, dispatch
 from moe_engine.parallel.mesh import Axis, Mesh
 from moe_engine.parallel.weight import weight
@@ -102,10 +103,14 @@ class Experts(nn.Module):
         self.w_gate_up = weight((experts, 2, width, hidden), cut=cut, std=config.initializer_range)
         self.w_down = weight((experts, hidden, width), cut=cut, std=config.initializer_range)
 
-    def forward(self, x_TD: Tensor, weight_TK: Tensor, index_TK: Tensor, keep_h: bool) -> Tensor:
-        """The weighted sum y[T, D]{tp} of the experts index_TK (int32, L = none) on x[T, D]."""
-        routing = sort_by_expert(index_TK, self.w_down.shape[0])
-        return experts(x_TD, weight_TK, self.w_gate_up.flatten(1, 2), self.w_down, *routing, keep_h)
+    def order(self, index_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The order in which forward visits the experts index_TK (int32, L = none)."""
+        return sort_by_expert(index_TK, self.w_down.shape[0])
+
+    def forward(self, x_TD: Tensor, weight_TK: Tensor, order: tuple[Tensor, Tensor, Tensor], keep_h: bool) -> Tensor:
+        """The weighted sum y[T, D]{tp} of each token's experts on x[T, D]; keep_h: h stays for backward, if any."""
+        keep_h = keep_h and torch.is_grad_enabled()
+        return experts(x_TD, weight_TK, self.w_gate_up.flatten(1, 2), self.w_down, *order, keep_h)
 
 
 class Home(NamedTuple):
@@ -130,10 +135,10 @@ def depart(
     return flight, Home(flight.route, assignment_of_row_R, row_of_TK, ep, tp)
 
 
-def bring(rows_MD: Tensor, home: Home | None) -> Tensor:
-    """The experts' outputs rows[M, D]{tp} to their tokens, y[T/tp, D]; on one rank they are there."""
-    if home is None:
-        return rows_MD
+def bring(rows_MD: Tensor, home: Home | Axis) -> Tensor:
+    """The experts' outputs rows[M, D]{tp} to their tokens, y[T/tp, D]; home is tp where the rows are all T tokens."""
+    if isinstance(home, Axis):
+        return reduce_scatter(rows_MD, home)
     rows_RD = combine(rows_MD, home.route, home.ep, home.tp)
     return unpermute(rows_RD, home.assignment_of_row_R, home.row_of_TK)
 
@@ -164,21 +169,25 @@ class MoE(nn.Module):
         y_TD = bring(rows_MD, home)
         return y_TD if shared_TD is None else y_TD + shared_TD, stats_BX
 
-    def through_experts(self, x_TD: Tensor, member_BT: Tensor) -> tuple[Tensor, Home | None, Tensor | None, Tensor]:
+    def through_experts(self, x_TD: Tensor, member_BT: Tensor) -> tuple[Tensor, Home | Axis, Tensor | None, Tensor]:
         """forward, up to where the experts' outputs still have to travel; backward needs nothing of what follows.
 
         Returns rows_MD, their way home, the shared expert's output on x or None, and stats_BX.
         """
         routing = self.router(x_TD)
-        if self.ep.size == self.tp.size == 1:
-            y_TD = self.experts(x_TD, routing.weight_TK, routing.index_TK, self.keep_h)
-            return y_TD, None, self._visit_shared(x_TD), member_BT @ pack_stats(*routing[2:], experts=self.columns)
+        if self.ep.size == 1:  # each token travels over tp once, not once for each of its experts
+            order = self.experts.order(gather_rows(routing.index_TK, self.tp))
+            arrived = all_gather(x_TD, self.tp), all_gather(routing.weight_TK, self.tp)
+            rows_MD = self.experts(*arrived, order, self.keep_h)
+            return rows_MD, self.tp, *self._beside_experts(x_TD, routing, member_BT)
         weight_TK1 = routing.weight_TK.unsqueeze(2)
         flight, home = depart(x_TD, weight_TK1, routing.index_TK, self.num_experts, self.ep, self.tp)
-        stats_BX = reduce_from(member_BT @ pack_stats(*routing[2:], experts=self.columns), self.tp)
-        shared_TD = self._visit_shared(x_TD)
-        rows_MD = self.experts(*flight.land(), self.keep_h)
+        order = self.experts.order(flight.expert_M.unsqueeze(1))
+        shared_TD, stats_BX = self._beside_experts(x_TD, routing, member_BT)
+        rows_MD = self.experts(*flight.land(), order, self.keep_h)
         return rows_MD, home, shared_TD, stats_BX
 
-    def _visit_shared(self, x_TD: Tensor) -> Tensor | None:
-        return None if self.shared is None else self.shared(x_TD)
+    def _beside_experts(self, x_TD: Tensor, routing: Routing, member_BT: Tensor) -> tuple[Tensor | None, Tensor]:
+        """What does not wait for the rows that travel: the shared expert's output, and stats_BX."""
+        stats_BX = reduce_from(member_BT @ pack_stats(*routing[2:], experts=self.columns), self.tp)
+        return None if self.shared is None else self.shared(x_TD), stats_BX

@@ -17,7 +17,7 @@ from moe_engine.model.moe import Home, MoE, bring
 from moe_engine.model.norm import RMSNorm
 from moe_engine.parallel.collectives import all_gather, reduce_scatter
 from moe_engine.parallel.linear import ColumnLinear, VocabEmbedding
-from moe_engine.parallel.mesh import Mesh
+from moe_engine.parallel.mesh import Axis, Mesh
 
 Stats = tuple[Tensor, Tensor]
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Stats]:
         return self.finish(*self.compute(x_TD, at, member_BT))
 
-    def compute(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor, Home | None, Stats]:
+    def compute(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor, Home | Axis, Stats]:
         """What recompute repeats: all but the way of the feed-forward experts' outputs back to their tokens."""
         h_TD, stats_BX = self.attention_norm(x_TD), member_BT.new_zeros(member_BT.shape[0], 0)
         if isinstance(self.attention, AttentionMoE):
@@ -48,11 +48,11 @@ class Block(nn.Module):
         x_TD = x_TD + y_TD
         h_TD = self.ffn_norm(x_TD)
         if not isinstance(self.ffn, MoE):
-            return x_TD, self.ffn(h_TD), None, (stats_BX, attention_BX)
+            return x_TD, self.ffn(h_TD), Axis("here"), (stats_BX, attention_BX)
         rows, home, shared_TD, stats_BX = self.ffn.through_experts(h_TD, member_BT)
         return x_TD if shared_TD is None else x_TD + shared_TD, rows, home, (stats_BX, attention_BX)
 
-    def finish(self, x_TD: Tensor, rows: Tensor, home: Home | None, stats: Stats) -> tuple[Tensor, Stats]:
+    def finish(self, x_TD: Tensor, rows: Tensor, home: Home | Axis, stats: Stats) -> tuple[Tensor, Stats]:
         return x_TD + bring(rows, home), stats
 
 
@@ -73,6 +73,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             Block(config, mesh, i, keep_h, replicate_attention_experts) for i in range(config.num_hidden_layers)
         )
+        self.inverse_frequency = inverse_frequencies(config)  # not a buffer: those become bf16 with the model
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, mesh.tp)
         self.head = ColumnLinear(config.hidden_size, config.vocab_size, mesh.tp, config.initializer_range)
         if config.tie_word_embeddings:
@@ -100,7 +101,8 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The normalised output of the last layer for all tokens, h[T, D], and stats[N, B, X]."""
         x_TD = reduce_scatter(self.embedding(tokens_BS.flatten()), self.tp)
-        at = places(positions_BS, self._inverse_frequency(x_TD.device), x_TD.dtype)
+        self.inverse_frequency = self.inverse_frequency.to(x_TD.device)  # once: such a copy waits for the device
+        at = places(positions_BS, self.inverse_frequency, x_TD.dtype)
         member_BT = self._membership(tokens_BS, counted_BS)
         pairs = []
         for layer in self.layers:
@@ -109,9 +111,6 @@ class Transformer(nn.Module):
         stats = [stats_BX for kind in zip(*pairs, strict=True) for stats_BX in kind if stats_BX.shape[1]]
         packed = torch.stack(stats) if stats else member_BT.new_zeros(0, tokens_BS.shape[0], 3)
         return all_gather(self.norm(x_TD), self.tp), packed
-
-    def _inverse_frequency(self, device: torch.device) -> Tensor:
-        return inverse_frequencies(self.config).to(device)
 
     def _membership(self, tokens_BS: Tensor, counted_BS: Tensor | None) -> Tensor:
         """member[B, T/tp] fp32: 1 where one of this rank's tokens belongs to a sequence and counts."""

@@ -8,9 +8,9 @@
 The two all-to-alls are under way when dispatch returns, so that the caller computes until it lands the flight.
 
 Sending before gathering puts R rows on the wire; gathering first would send every row tp times between nodes. Which
-rows go where follows from one [ep, tp, E] table of counts: the only host synchronisation of an MoE layer, and none when
-ep = tp = 1. It is on its way while the rows are put in order. Rows past sum(counts) (dropped assignments) are not sent
-and come back as zeros.
+rows go where follows from one [ep, tp, E] table of counts: the only host synchronisation of an MoE layer, on its way
+while the rows are put in order. Rows past sum(counts) (dropped assignments) are not sent and come back as zeros. When
+ep = tp = 1 every row stays, the dropped ones as padding, and the host waits for nothing.
 """
 
 from typing import NamedTuple
@@ -40,14 +40,16 @@ class Route(NamedTuple):
 
 
 class Flight:
-    """Rows on their way to the experts, with the columns of each."""
+    """Rows on their way to the experts, with the columns of each.
+
+    expert_M int32: the local expert of each row that will land, 0 .. L-1; L marks padding."""
 
     def __init__(self, rows: Trip, columns: Trip, expert_M: Tensor, route: Route, tp: Axis):
         self.rows, self.columns, self.expert_M, self.route, self.tp = rows, columns, expert_M, route, tp
 
-    def land(self) -> tuple[Tensor, Tensor, Tensor]:
-        """rows_MD, columns_MX and expert_M1 int32: the local expert of each row, 0 .. L-1; L marks padding."""
-        return self._on_plane(self.rows), self._on_plane(self.columns), self.expert_M.unsqueeze(1)
+    def land(self) -> tuple[Tensor, Tensor]:
+        """rows_MD and columns_MX, when they have arrived."""
+        return self._on_plane(self.rows), self._on_plane(self.columns)
 
     def _on_plane(self, trip: Trip) -> Tensor:
         rows = trip.wait()
@@ -64,7 +66,7 @@ class Table:
     def __init__(self, counts_E: Tensor, ep: Axis, tp: Axis):
         self.here = gather_rows(gather_rows(counts_E.unsqueeze(0), tp).unsqueeze(0), ep)
         self.host, self.arrived = self.here, None
-        if self.here.is_cuda:
+        if self.here.is_cuda and ep.size * tp.size > 1:
             self.host = torch.empty(self.here.shape, dtype=torch.int32, pin_memory=True)
             self.host.copy_(self.here, non_blocking=True)
             self.arrived = torch.cuda.Event()
@@ -83,15 +85,11 @@ def dispatch(rows_RD: Tensor, columns_RX: Tensor, table: Table, ep: Axis, tp: Ax
     rows_RD: sorted by expert. columns_RX: what travels with each row in fp32, its weight first. Rows past this rank's
     counts are dropped.
     """
-    host = table.read()
-    experts = host.shape[2]
-    send = host[ep.rank, tp.rank].view(ep.size, experts // ep.size).sum(1).tolist()
-    mine = host[:, :, ep.cut(experts)]  # [source ep, source tp, L]
-    recv = mine[:, tp.rank].sum(1).tolist()
-    route = Route(send, recv, rows_RD.shape[0], int(mine.sum((0, 2)).max()))
-    rows = start_all_to_all(rows_RD[: sum(send)], send, recv, ep)
-    columns = start_all_to_all(columns_RX[: sum(send)], send, recv, ep)
-    return Flight(rows, columns, _expert_of_row(table.here[:, :, ep.cut(experts)], route.rows_padded), route, tp)
+    route = _route(rows_RD.shape[0], table, ep, tp)
+    rows = start_all_to_all(rows_RD[: sum(route.send)], route.send, route.recv, ep)
+    columns = start_all_to_all(columns_RX[: sum(route.send)], route.send, route.recv, ep)
+    counts = table.here[:, :, ep.cut(table.here.shape[2])]
+    return Flight(rows, columns, _expert_of_row(counts, route.rows_padded), route, tp)
 
 
 def combine(rows_MD: Tensor, route: Route, ep: Axis, tp: Axis) -> Tensor:
@@ -100,6 +98,16 @@ def combine(rows_MD: Tensor, route: Route, ep: Axis, tp: Axis) -> Tensor:
     rows = all_to_all(rows, route.recv, route.send, ep)
     dropped = route.rows_here - rows.shape[0]
     return F.pad(rows, (0, 0, 0, dropped)) if dropped else rows
+
+
+def _route(rows_here: int, table: Table, ep: Axis, tp: Axis) -> Route:
+    if ep.size == tp.size == 1:
+        return Route([rows_here], [rows_here], rows_here, rows_here)
+    host = table.read()
+    experts = host.shape[2]
+    send = host[ep.rank, tp.rank].view(ep.size, experts // ep.size).sum(1).tolist()
+    mine = host[:, :, ep.cut(experts)]  # [source ep, source tp, L]
+    return Route(send, mine[:, tp.rank].sum(1).tolist(), rows_here, int(mine.sum((0, 2)).max()))
 
 
 def _expert_of_row(counts: Tensor, rows_padded: int) -> Tensor:

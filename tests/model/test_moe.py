@@ -1,11 +1,13 @@
 """Router and MoE layer: loops over tokens and experts as the truth."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_engine.config import Model
 from moe_engine.model.moe import MoE, Router
@@ -249,18 +251,66 @@ def test_layouts_equal_one_process(dp: int, ep: int, tp: int, shared: int):
     run_on_ranks(on_rank, dp * ep * tp)
 
 
-def test_shared_expert_is_computed_while_rows_travel():
+@pytest.mark.parametrize(("ep", "tp"), [(1, 2), (2, 2)])
+def test_capacity_is_that_of_each_rank(ep: int, tp: int):
+    """A rank drops what one process drops that has its tokens alone, and the rest is as there."""
+
+    def on_rank(rank: int) -> None:
+        model = config(capacity_factor=0.5)
+        whole, part = layer(model), layer(model, build_mesh(1, ep, tp))
+        leaves = [tokens(16, seed=rank).requires_grad_() for _ in range(2)]
+        (y, stats), (truth, alone) = (moe(x, torch.ones(1, 16)) for moe, x in zip((part, whole), leaves, strict=True))
+        (y * tokens(16, seed=9)).sum().backward()
+        (truth * tokens(16, seed=9)).sum().backward()
+        assert alone[0, -2] > 0 and (tp > 1) == bool(stats[0, -2] > alone[0, -2])
+        torch.testing.assert_close(y, truth, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad, atol=1e-5, rtol=1e-5)
+
+    run_on_ranks(on_rank, ep * tp)
+
+
+class Gathered(TorchDispatchMode):
+    """The number of elements of every all-gather's result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "c10d::_allgather_base_":
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def test_over_tp_alone_each_token_travels_once():
+    """All 16 tokens, with the weights and the numbers of their three experts; no row per expert, no table of counts."""
+
+    def on_rank(rank: int) -> None:
+        moe = layer(config(num_experts_per_tok=3), build_mesh(1, 1, 2))
+        with Gathered() as gathered:
+            moe(tokens(8), torch.ones(1, 8))
+        assert sorted(gathered.sizes) == [16 * 3, 16 * 3, 16 * HIDDEN]
+
+    run_on_ranks(on_rank, 2)
+
+
+def test_shared_expert_and_order_of_rows_are_computed_while_rows_travel():
     """The rows and their weights have left, and have not been waited for."""
 
     def on_rank(rank: int) -> None:
         moe = layer(config(shared_intermediate_size=12), build_mesh(1, 2, 1))
         assert moe.shared is not None
         trips: list[Trip] = []
-        make, seen = Trip.__init__, []
+        make, order, seen = Trip.__init__, moe.experts.order, []
+
+        def look(*_: object) -> None:
+            seen.append([trip.under_way is not None for trip in trips])
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trip, "__init__", lambda trip, *args: (trips.append(trip), make(trip, *args))[1])
-            moe.shared.register_forward_hook(lambda *_: seen.append([trip.under_way is not None for trip in trips]))
+            patch.setattr(moe.experts, "order", lambda index_TK: (look(), order(index_TK))[1])
+            moe.shared.register_forward_hook(look)
             moe(tokens(8), torch.ones(1, 8))
-        assert seen == [[True, True]]
+        assert seen == [[True, True]] * 2
 
     run_on_ranks(on_rank, 2)

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_engine.config import Model
+from moe_engine.model.attention import inverse_frequencies
 from moe_engine.model.flops import forward_flops_per_token, step_flops_per_token
 from moe_engine.model.mlp import DenseMLP
 from moe_engine.model.moe import MoE
@@ -37,6 +38,16 @@ def test_layers_hold_what_the_config_says(moe_layers: object, kinds: str):
     assert [type(block.ffn) for block in transformer.layers] == [MoE if kind == "M" else DenseMLP for kind in kinds]
     _, stats = transformer(*batch())
     assert stats.shape == (kinds.count("M"), 2, 3 * 4 + 3 if "M" in kinds else 3)
+
+
+def test_rotary_frequencies_are_kept_in_fp32_and_are_no_weights():
+    transformer = model().bfloat16()
+    transformer(*batch())
+    kept = transformer.inverse_frequency
+    assert kept.dtype == torch.float32 and torch.equal(kept, inverse_frequencies(transformer.config))
+    transformer(*batch())
+    assert transformer.inverse_frequency is kept and not list(transformer.buffers())
+    assert transformer.state_dict().keys() == dict(transformer.named_parameters()).keys()
 
 
 def test_loss_is_that_of_the_logits():

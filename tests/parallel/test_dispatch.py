@@ -72,10 +72,10 @@ def matrices_on_rank(rank: int, mesh: Mesh, name: str) -> None:
 
     flight = dispatch(rows, weights, Table(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
     meanwhile = (rows * 3).sum()  # work between the halves, whose gradient meets that of the rows
-    rows_MD, weight_M1, expert_M1 = flight.land()
-    assert rows_MD.shape[0] == len(weight_M1) == len(expert_M1) and expert_M1.dtype == torch.int32
+    (rows_MD, weight_M1), expert_M = flight.land(), flight.expert_M
+    assert rows_MD.shape[0] == len(weight_M1) == len(expert_M) and expert_M.dtype == torch.int32
     padded = torch.cat([experts, experts.new_zeros(1, WIDTH, WIDTH)])  # expert L marks padding
-    out_MD = torch.einsum("md,mdh->mh", weight_M1 * rows_MD, padded[expert_M1.squeeze(1).long()])
+    out_MD = torch.einsum("md,mdh->mh", weight_M1 * rows_MD, padded[expert_M.long()])
     y = combine(out_MD, flight.route, mesh.ep, mesh.tp)
     torch.autograd.backward([y, meanwhile], [mine.upstream, torch.ones_like(meanwhile)])
 
@@ -103,12 +103,14 @@ def round_trip_on_rank(rank: int, mesh: Mesh, name: str) -> None:
     mine, plane = scene(name, rank), mesh.ep.size * mesh.tp.size
     counts = torch.bincount(mine.experts, minlength=EXPERTS + 1)[:EXPERTS].int()
     flight = dispatch(mine.rows, mine.weights, Table(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
-    rows_MD, _, expert_M1 = flight.land()
+    rows_MD, _ = flight.land()
     sent = torch.cat([scene(name, r).experts for r in range(mesh.world.size) if r // plane == rank // plane])
     here = mesh.ep.cut(EXPERTS)
-    arrived = torch.bincount(expert_M1.squeeze(1), minlength=here.stop - here.start + 1)[: here.stop - here.start]
+    local = here.stop - here.start
+    arrived = torch.bincount(flight.expert_M, minlength=local + 1)[:local]
     assert arrived.tolist() == torch.bincount(sent, minlength=EXPERTS + 1)[here].tolist()
-    back = combine(rows_MD if mesh.tp.rank == 0 else torch.zeros_like(rows_MD), flight.route, mesh.ep, mesh.tp)
+    out_MD = rows_MD * ((flight.expert_M < local) & (mesh.tp.rank == 0)).unsqueeze(1)
+    back = combine(out_MD, flight.route, mesh.ep, mesh.tp)
     assert torch.equal(back, mine.rows * (mine.experts < EXPERTS).unsqueeze(1))
 
 
@@ -127,6 +129,22 @@ def test_each_row_meets_its_own_expert_and_comes_home(dp: int, ep: int, tp: int,
     run_on_ranks(on_rank, dp * ep * tp)
 
 
+@pytest.mark.parametrize("ep", [1, 2])
+def test_counts_are_read_only_where_rows_travel(ep: int):
+    """Reading them is the host's wait for the device."""
+
+    def on_rank(rank: int) -> None:
+        mesh, reads, read = build_mesh(1, ep, 1), [], Table.read
+        table = Table(torch.full((EXPERTS,), 2, dtype=torch.int32), mesh.ep, mesh.tp)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Table, "read", lambda table: (reads.append(table), read(table))[1])
+            rows, weights = torch.randn(2 * EXPERTS, WIDTH), torch.ones(2 * EXPERTS, 1)
+            dispatch(rows, weights, table, mesh.ep, mesh.tp).land()
+        assert len(reads) == ep - 1
+
+    run_on_ranks(on_rank, ep)
+
+
 def test_nothing_outlives_backward():
     """Not the rows that travelled, and not the trips: a ring of references would hold them until Python looks for one,
     which the memory of a GPU does not make it do."""
@@ -138,7 +156,7 @@ def test_nothing_outlives_backward():
         rows = torch.randn(2 * EXPERTS, WIDTH, requires_grad=True)
         flight = dispatch(rows, torch.ones(len(rows), 1), Table(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
         alive = [weakref.ref(flight.rows), weakref.ref(flight.columns)]
-        landed, _, _ = flight.land()
+        landed, _ = flight.land()
         alive.append(weakref.ref(landed))
         y = combine(landed * 1.0, flight.route, mesh.ep, mesh.tp)
         del landed, flight
