@@ -115,7 +115,7 @@ def transformers_step(shape: Shape, precision: str, device, experts: str) -> Cal
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        float(loss)
+        float(loss.detach())
 
     return step
 
