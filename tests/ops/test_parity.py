@@ -4,6 +4,7 @@ The Triton kernels run here where there is a GPU. Where there is none, tests/ops
 TRITON_INTERPRET=1, and then they run here on CPU tensors, and nothing else does."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from importlib import import_module
@@ -105,6 +106,32 @@ def test_values_and_gradients(folder: str, case: Case, dtype: torch.dtype, backe
     tolerance = MODULES[folder].TOLERANCE.get(dtype, MODULES[folder].TOLERANCE[torch.float32])
     found, truth = run(case, args, backend), run(case, in_fp64(args), "reference")
     assert len(found) == len(truth)
+    for one, other in zip(found, truth, strict=True):
+        assert_close(one, other, tolerance)
+
+
+STRIDED = {
+    "grouped_mm": "counts [3, 0, 5, 1] beyond 4 N34 K18",
+    "permute": "T7 D33 E5 k3 even",
+    "experts": "T7 D33 F17 E5 k3 even",
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("folder", "end"), STRIDED.items())
+def test_values_and_gradients_with_strided_integers(folder: str, end: str, backend: str) -> None:
+    """Counts and orders of rows may be every other number of a longer tensor."""
+    (case, *_) = [case for case in MODULES[folder].CASES if case.name.endswith(end) and case.op.__name__ in STRIDED]
+
+    @functools.wraps(case.op)
+    def op(*args: Any) -> Any:
+        spread = [isinstance(arg, Tensor) and not arg.is_floating_point() for arg in args]
+        return case.op(
+            *[a.repeat_interleave(2, -1)[..., ::2] if far else a for a, far in zip(args, spread, strict=True)]
+        )
+
+    args, tolerance = case.inputs(torch.float32), MODULES[folder].TOLERANCE[torch.float32]
+    found, truth = run(case._replace(op=op), args, backend), run(case, in_fp64(args), "reference")
     for one, other in zip(found, truth, strict=True):
         assert_close(one, other, tolerance)
 

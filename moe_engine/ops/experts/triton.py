@@ -35,7 +35,7 @@ UP = Tiles(
         Tile(32, 64, 64, 4, 4),
     ),
     ampere=(Tile(128, 64, 64, 8, 3), Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 4, 3), Tile(32, 64, 64, 4, 3)),
-    single=(Tile(32, 32, 16, 4, 3), Tile(64, 32, 16, 8, 3)),
+    single=(Tile(64, 32, 16, 8, 3), Tile(32, 32, 16, 4, 3)),
 )  # fmt: skip
 DOWN = Tiles(
     hopper=(
@@ -43,7 +43,7 @@ DOWN = Tiles(
         Tile(32, 64, 64, 4, 4),
     ),
     ampere=(Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 4, 4), Tile(32, 64, 64, 4, 3)),
-    single=(Tile(32, 64, 32, 4, 3), Tile(64, 64, 16, 8, 3)),
+    single=(Tile(64, 64, 16, 8, 3), Tile(32, 64, 32, 4, 3)),
 )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ class Layer:
             up_kernel[self.grid(tile)](
                 self.x, self.weight, TensorDescriptor.from_tensor(w, [tile.n, tile.k]) if tma else w, h, a,
                 self.counts, self.of_row, self.rows, self.experts, self.D, self.F, keep, activate, self.by, tma,
-                grouped.padded(self.experts), grouped.precision(w.dtype), *tile[:3], tile.group,
+                grouped.padded(self.experts), tune.precision(w.dtype), *tile[:3], tile.group,
                 **tile.options(),
             )  # fmt: skip
 
@@ -179,7 +179,7 @@ class Layer:
             down_kernel[self.grid(tile)](
                 dy, self.weight, TensorDescriptor.from_tensor(w, [tile.k, tile.n]) if tma else w, h, dh, a, parts,
                 self.counts, self.of_row, self.rows, self.experts, self.D, self.F, self.by, tma,
-                grouped.padded(self.experts), grouped.precision(w.dtype), *tile[:3], tile.group,
+                grouped.padded(self.experts), tune.precision(w.dtype), *tile[:3], tile.group,
                 **tile.options(),
             )  # fmt: skip
             return parts.sum(1).view_as(self.weight)
@@ -215,8 +215,8 @@ def experts_backward(
     dh, a, dweight = layer.down(grad, w_down, h)
     dx, dw_gate_up, dw_down = (x.new_empty(0) for _ in range(3))
     if need_matrices:
-        dw_down = grouped.dw(grad, a, counts, assignment_of_row, a_by=layer.by)
-        dw_gate_up = grouped.dw(dh, x, counts, assignment_of_row, b_by=layer.by)
+        dw_down = grouped.dw(grad, a, layer.counts, layer.of_row, a_by=layer.by)
+        dw_gate_up = grouped.dw(dh, layer.x, layer.counts, layer.of_row, b_by=layer.by)
     del a  # before dx of rows is there
     if need_x:
         dx = layer.sum(dh, w_gate_up, transposed=False)
