@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_engine import ops
+from moe_engine.ops import tune
 from moe_engine.ops.case import Case
 from tests.ops import interpreter
 
@@ -134,6 +135,26 @@ def test_values_and_gradients_with_strided_integers(folder: str, end: str, backe
     found, truth = run(case._replace(op=op), args, backend), run(case, in_fp64(args), "reference")
     for one, other in zip(found, truth, strict=True):
         assert_close(one, other, tolerance)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter measures nothing; a GPU does, in the cases above")
+@pytest.mark.parametrize("end", ["T30 D72 F34 E4 k1 even recompute", "T7 D33 F17 E5 k3 even"])
+def test_values_and_gradients_after_launches_that_measure(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward writes over an h of its own, but not while it measures."""
+    chosen = []
+
+    def choose(kernel: str, *rest: Any) -> Any:
+        rest[-1](tune.INTERPRETED)
+        chosen.append(kernel)
+        return tune.INTERPRETED
+
+    (case,) = [case for case in MODULES["experts"].CASES if case.name.endswith(end)]
+    args = case.inputs(torch.float32)
+    expected = run(case, args, "triton")
+    monkeypatch.setattr(tune, "choose", choose)
+    for one, other in zip(run(case, args, "triton"), expected, strict=True):
+        assert torch.equal(one, other)
+    assert "experts_down" in chosen
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])

@@ -72,7 +72,7 @@ def block(source, row, column, rows, columns, R: tl.constexpr, C: tl.constexpr, 
         return tl.load(source + r.to(tl.int64)[:, None] * columns + c[None, :], mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def matmul_kernel(
     a, b, out, counts, of_row, rows, experts, N, K,
     TRANSPOSED: tl.constexpr, SCATTER: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -148,11 +148,10 @@ def programs(device: torch.device, tiles: int, warps: int) -> tuple[int]:
     return (max(1, min(tiles, processors * (2 if warps == 4 else 1))),)
 
 
-def descriptors_can(tile: Tile, K: int, *operands: Tensor) -> bool:
-    """Whether the operands can go through descriptors: 16-byte addresses and row lengths, and whole steps along K, so
-    that the last step of one expert does not read the first rows of the next."""
+def descriptors_can(*operands: Tensor) -> bool:
+    """Whether the operands can go through descriptors: 16-byte addresses and row lengths."""
     aligned = all(x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0 for x in operands)
-    return aligned and K % tile.k == 0 and all(x.numel() for x in operands) and tune.has_descriptors()
+    return aligned and all(x.numel() for x in operands) and tune.has_descriptors()
 
 
 def padded(experts: int) -> int:
@@ -168,7 +167,9 @@ def matmul(a: Tensor, b: Tensor, counts: Tensor, transposed: bool, of_row: Tenso
     out = a.new_empty(rows, N)
 
     def run(tile: Tile) -> None:
-        left, right, tma = a, b.view(-1, b.shape[2]), descriptors_can(tile, K, a, b)
+        # a descriptor gives zeros past the last dimension, K of both if transposed; else b goes on with the next expert
+        tma = (transposed or K % tile.k == 0) and descriptors_can(a, b)
+        left, right = a, b.view(-1, b.shape[2])
         if tma:
             left = TensorDescriptor.from_tensor(left, [tile.m, tile.k])
             right = TensorDescriptor.from_tensor(right, [tile.n, tile.k] if transposed else [tile.k, tile.n])
