@@ -6,13 +6,13 @@ folder moe_engine_tiles:
 
     experts_up-nvidia_h100_80gb_hbm3-bfloat16-4096-14336-2-rows2e11-5e0c1f2a.json      {"m": 128, "n": 128, ...}
 
-The end of the name stands for what else decides: the candidates and Triton's version. The first process to write a file
-decides for all; the others adopt what it holds. To pin a choice, edit the file; to have the same bits on another
-machine of the same kind, copy the folder. Where no file can be written a process keeps its choices to itself, and says
-so.
+fp32 is float32_ieee or float32_tf32, by how it is multiplied. The end of the name stands for what else decides: the
+candidates and Triton's version. The first process to write a file decides for all; the others adopt what it holds. To
+pin a choice, edit the file; to have the same bits on another machine of the same kind, copy the folder. Where no file
+can be written a process keeps its choices to itself, and says so; a tile that was not measured is not written.
 """
 
-import contextlib
+import fcntl
 import functools
 import json
 import math
@@ -52,7 +52,8 @@ INTERPRETED = Tile(16, 32, 32, 4, 1, 2)  # small, so that small tests have sever
 
 
 class Tiles(NamedTuple):
-    """What is worth measuring: no tile that spills registers or exceeds shared memory (tools/inspect_kernels.py)."""
+    """What is worth measuring: no tile that spills registers or exceeds shared memory (tools/inspect_kernels.py). The
+    last of each is the smallest."""
 
     hopper: tuple[Tile, ...]  # sm_90 and later, descriptors
     ampere: tuple[Tile, ...]  # sm_80 to sm_89, pointers
@@ -67,18 +68,29 @@ def has_descriptors() -> bool:
     return target is not None and target.arch >= 90
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 operands are multiplied, "ieee" or "tf32"; without effect on others."""
+    return "ieee" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32"
+
+
 def choose(
     kernel: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], rows: float, tiles: Tiles,
     run: Callable[[Tile], object],
 ) -> Tile:  # fmt: skip
-    """The tile for launches of this kind. `rows`: rows per expert, told apart by powers of two; run(tile) launches."""
+    """The tile for launches of this kind. `rows`: rows per expert, told apart by powers of two; run(tile) launches.
+
+    Nothing can be measured while a CUDA graph is captured: without a choice from before, the first candidate serves
+    that capture alone."""
     if knobs.runtime.interpret:
         return INTERPRETED
     candidates = tiles.single if dtype == torch.float32 else tiles.hopper if has_descriptors() else tiles.ampere
-    path = _path(kernel, device, dtype, sizes, max(0, round(math.log2(max(rows, 1)))), candidates)
+    numbers = str(dtype).removeprefix("torch.") + (f"_{precision(dtype)}" if dtype == torch.float32 else "")
+    path = _path(kernel, device, numbers, sizes, max(0, round(math.log2(max(rows, 1)))), candidates)
     if path not in _chosen():
-        stored = _read(path)
-        _chosen()[path] = stored or _store(path, _fastest(candidates, run))
+        tile = _read(path)
+        if tile is None and torch.cuda.is_current_stream_capturing():
+            return candidates[0]
+        _chosen()[path] = tile or _measure(path, candidates, run)
     return _chosen()[path]
 
 
@@ -90,12 +102,12 @@ def _chosen() -> dict[Path, Tile]:
 
 @functools.cache
 def _path(
-    kernel: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], log2_rows: int,
+    kernel: str, device: torch.device, numbers: str, sizes: tuple[int, ...], log2_rows: int,
     candidates: tuple[Tile, ...],
 ) -> Path:  # fmt: skip
     gpu = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(device).lower())
     rest = zlib.crc32(repr((triton.__version__, candidates)).encode())
-    parts = [kernel, gpu, str(dtype).removeprefix("torch."), *map(str, sizes), f"rows2e{log2_rows}", f"{rest:08x}"]
+    parts = [kernel, gpu, numbers, *map(str, sizes), f"rows2e{log2_rows}", f"{rest:08x}"]
     return Path(knobs.cache.dir) / "moe_engine_tiles" / ("-".join(parts) + ".json")
 
 
@@ -107,36 +119,54 @@ def _read(path: Path) -> Tile | None:
         return None
 
 
+def _measure(path: Path, candidates: tuple[Tile, ...], run: Callable[[Tile], object]) -> Tile:
+    """The fastest candidate that runs, or what another process has written by then; the last one if none runs."""
+    milliseconds, failure = dict[Tile, float](), ""
+    for tile in candidates:
+        try:
+            milliseconds[tile] = _milliseconds(tile, run)
+        except (TritonError, RuntimeError) as error:  # out of memory, or a pass of the compiler that fails
+            failure = f"{type(error).__name__}: {error}"
+    if milliseconds:
+        return _store(path, min(milliseconds, key=milliseconds.__getitem__))
+    stored = _read(path)
+    if stored is None:
+        _warn(f"no tile of {path.stem} could be measured ({failure}): this process takes {candidates[-1]}, unwritten")
+    return stored or candidates[-1]
+
+
+def _milliseconds(tile: Tile, run: Callable[[Tile], object]) -> float:
+    return float(testing.do_bench(lambda: run(tile), warmup=5, rep=30, return_mode="median"))  # pyright: ignore[reportArgumentType]
+
+
 def _store(path: Path, tile: Tile) -> Tile:
     """Write the file whole, unless another process was first: what it wrote is returned then."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".draft") as draft:
-            draft.write(json.dumps(tile._asdict()))
-            draft.flush()
-            if _read(path) is None:
-                path.unlink(missing_ok=True)  # damaged
-            with contextlib.suppress(FileExistsError):
-                os.link(draft.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="draft-") as folder:
+            draft = Path(folder) / path.name
+            draft.write_text(json.dumps(tile._asdict()))
+            draft.chmod(0o644)  # the folder may serve several users
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                _replace_if_damaged(path, draft)
     except OSError as error:
-        warnings.warn(
+        _warn(
             f"{path.parent} cannot keep the tiles of kernels ({error}): each process measures them again, and may "
-            "choose others and give other last bits. Set TRITON_CACHE_DIR to a folder that can be written to",
-            RuntimeWarning,
-            stacklevel=2,
+            "choose others and give other last bits. Set TRITON_CACHE_DIR to a folder that can be written to"
         )
     return _read(path) or tile
 
 
-def _fastest(candidates: tuple[Tile, ...], run: Callable[[Tile], object]) -> Tile:
-    """The fastest that runs; the last candidate, the smallest, if memory is too short to measure any."""
-    milliseconds = {tile: _milliseconds(tile, run) for tile in candidates}
-    fastest = min(candidates, key=milliseconds.__getitem__)
-    return fastest if milliseconds[fastest] < math.inf else candidates[-1]
+def _replace_if_damaged(path: Path, draft: Path) -> None:
+    """Of the processes that find the same damaged file, the one that locks it first replaces it; to the others it is
+    whole then."""
+    with path.open("r+") as file:  # NFS locks only what could be written
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if _read(path) is None:
+            os.replace(draft, path)
 
 
-def _milliseconds(tile: Tile, run: Callable[[Tile], object]) -> float:
-    try:
-        return float(testing.do_bench(lambda: run(tile), warmup=5, rep=30, return_mode="median"))  # pyright: ignore[reportArgumentType]
-    except (TritonError, torch.OutOfMemoryError):
-        return math.inf
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -4,6 +4,7 @@ The Triton kernels run here where there is a GPU. Where there is none, tests/ops
 TRITON_INTERPRET=1, and then they run here on CPU tensors, and nothing else does."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from importlib import import_module
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_engine import ops
+from moe_engine.ops import tune
 from moe_engine.ops.case import Case
 from tests.ops import interpreter
 
@@ -107,6 +109,52 @@ def test_values_and_gradients(folder: str, case: Case, dtype: torch.dtype, backe
     assert len(found) == len(truth)
     for one, other in zip(found, truth, strict=True):
         assert_close(one, other, tolerance)
+
+
+STRIDED = {
+    "grouped_mm": "counts [3, 0, 5, 1] beyond 4 N34 K18",
+    "permute": "T7 D33 E5 k3 even",
+    "experts": "T7 D33 F17 E5 k3 even",
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("folder", "end"), STRIDED.items())
+def test_values_and_gradients_with_strided_integers(folder: str, end: str, backend: str) -> None:
+    """Counts and orders of rows may be every other number of a longer tensor."""
+    (case, *_) = [case for case in MODULES[folder].CASES if case.name.endswith(end) and case.op.__name__ in STRIDED]
+
+    @functools.wraps(case.op)
+    def op(*args: Any) -> Any:
+        spread = [isinstance(arg, Tensor) and not arg.is_floating_point() for arg in args]
+        return case.op(
+            *[a.repeat_interleave(2, -1)[..., ::2] if far else a for a, far in zip(args, spread, strict=True)]
+        )
+
+    args, tolerance = case.inputs(torch.float32), MODULES[folder].TOLERANCE[torch.float32]
+    found, truth = run(case._replace(op=op), args, backend), run(case, in_fp64(args), "reference")
+    for one, other in zip(found, truth, strict=True):
+        assert_close(one, other, tolerance)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter measures nothing; a GPU does, in the cases above")
+@pytest.mark.parametrize("end", ["T30 D72 F34 E4 k1 even recompute", "T7 D33 F17 E5 k3 even"])
+def test_values_and_gradients_after_launches_that_measure(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward writes over an h of its own, but not while it measures."""
+    chosen = []
+
+    def choose(kernel: str, *rest: Any) -> Any:
+        rest[-1](tune.INTERPRETED)
+        chosen.append(kernel)
+        return tune.INTERPRETED
+
+    (case,) = [case for case in MODULES["experts"].CASES if case.name.endswith(end)]
+    args = case.inputs(torch.float32)
+    expected = run(case, args, "triton")
+    monkeypatch.setattr(tune, "choose", choose)
+    for one, other in zip(run(case, args, "triton"), expected, strict=True):
+        assert torch.equal(one, other)
+    assert "experts_down" in chosen
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])

@@ -1,11 +1,18 @@
 """A tile is measured once, and the first process to write it down decides for all."""
 
+import json
+import multiprocessing
+import os
+import stat
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 import torch
 
 from moe_engine.ops import tune
+from moe_engine.ops.experts import triton as experts
+from moe_engine.ops.grouped_mm import triton as grouped
 from moe_engine.ops.tune import Tile, Tiles
 
 SLOW, FAST = Tile(128, 256, 64, 8, 3), Tile(64, 64, 64, 4, 4)
@@ -25,6 +32,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Tile]:
     monkeypatch.setattr(tune, "_milliseconds", milliseconds)
     monkeypatch.setattr(tune, "has_descriptors", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     forget()
     return tiles
 
@@ -80,6 +88,105 @@ def test_a_folder_that_cannot_be_written_is_said_once_a_choice(measured: list[Ti
     assert choose() == FAST and len(measured) == 2  # kept in the process
 
 
-def test_memory_too_short_to_measure_takes_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "_milliseconds", lambda tile, run: float("inf"))
-    assert tune._fastest((SLOW, FAST), lambda tile: None) == FAST
+def refuse(*refused: Tile, error: Exception):
+    """A measurement in which these tiles fail and others win by their size."""
+
+    def milliseconds(tile: Tile, run: object) -> float:
+        if tile in refused:
+            raise error
+        return float(tile.m)
+
+    return milliseconds
+
+
+@pytest.mark.parametrize("error", [RuntimeError("PassManager::run failed"), torch.OutOfMemoryError("no room")])
+def test_a_candidate_that_fails_is_passed_over(
+    measured: list[Tile], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    monkeypatch.setattr(tune, "_milliseconds", refuse(FAST, error=error))
+    assert choose() == SLOW
+    assert [tune._read(path) for path in files(tmp_path)] == [SLOW]
+
+
+def test_without_a_measurement_the_smallest_serves_and_nothing_is_written(
+    measured: list[Tile], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tune, "_milliseconds", refuse(SLOW, FAST, error=torch.OutOfMemoryError("no room")))
+    with pytest.warns(RuntimeWarning, match="experts_up.* could be measured .OutOfMemoryError: no room."):
+        assert choose() == FAST
+    assert choose() == FAST  # kept in the process: no second warning
+    assert not (tmp_path / "moe_engine_tiles").exists()
+    monkeypatch.setattr(tune, "_milliseconds", refuse(error=RuntimeError()))
+    forget()
+    assert choose() == FAST and [tune._read(path) for path in files(tmp_path)] == [FAST]
+
+
+@pytest.mark.parametrize("tiles", [grouped.MATMUL, grouped.DW, experts.UP, experts.DOWN])
+def test_the_last_candidate_is_the_smallest(tiles: Tiles) -> None:
+    for candidates in tiles:
+        assert min(tile.m * tile.n for tile in candidates) == candidates[-1].m * candidates[-1].n
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(
+    measured: list[Tile], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose() == SLOW and not measured and not (tmp_path / "moe_engine_tiles").exists()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert choose() == FAST  # that was for the capture alone
+    forget()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose() == FAST and len(measured) == 2  # from disk
+
+
+def test_a_tile_measured_in_one_precision_does_not_serve_another(measured: list[Tile], tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for mode in ("highest", "high"):
+            torch.set_float32_matmul_precision(mode)
+            choose(dtype=torch.float32)
+            choose()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert [path.name.split("-")[2] for path in files(tmp_path)] == ["bfloat16", "float32_ieee", "float32_tf32"]
+    assert measured == [SLOW, SLOW, FAST, SLOW]
+
+
+def test_other_users_can_read_a_tile(measured: list[Tile], tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        choose()
+    finally:
+        os.umask(before)
+    (path,) = files(tmp_path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+RANKS, ROUNDS = 8, 300
+
+
+def race(rank: int, folder: Path, barrier: Barrier) -> None:
+    """In each round, store a tile of its own in a file that is absent, empty or cut off, and note what was adopted."""
+    adopted = []
+    for round_ in range(ROUNDS):
+        barrier.wait()
+        adopted.append(tune._store(folder / f"{round_}.json", FAST._replace(stages=rank)))
+    (folder / f"rank{rank}").write_text(json.dumps(adopted))
+
+
+def test_processes_that_race_adopt_the_same_tile(tmp_path: Path) -> None:
+    for round_ in range(ROUNDS):
+        if round_ % 3:
+            (tmp_path / f"{round_}.json").write_text(["", '{"m": 64'][round_ % 3 - 1])
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(RANKS)
+    processes = [context.Process(target=race, args=(rank, tmp_path, barrier)) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    adopted = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(RANKS)]
+    on_disk = [list(tune._read(tmp_path / f"{round_}.json") or ()) for round_ in range(ROUNDS)]
+    assert adopted == [on_disk] * RANKS
+    assert len(list(tmp_path.iterdir())) == ROUNDS + RANKS  # no draft is left

@@ -35,7 +35,7 @@ UP = Tiles(
         Tile(32, 64, 64, 4, 4),
     ),
     ampere=(Tile(128, 64, 64, 8, 3), Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 4, 3), Tile(32, 64, 64, 4, 3)),
-    single=(Tile(32, 32, 16, 4, 3), Tile(64, 32, 16, 8, 3)),
+    single=(Tile(64, 32, 16, 8, 3), Tile(32, 32, 16, 4, 3)),
 )  # fmt: skip
 DOWN = Tiles(
     hopper=(
@@ -43,11 +43,11 @@ DOWN = Tiles(
         Tile(32, 64, 64, 4, 4),
     ),
     ampere=(Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 4, 4), Tile(32, 64, 64, 4, 3)),
-    single=(Tile(32, 64, 32, 4, 3), Tile(64, 64, 16, 8, 3)),
+    single=(Tile(64, 64, 16, 8, 3), Tile(32, 64, 32, 4, 3)),
 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def up_kernel(
     x, weight, w, h, a, counts, of_row, rows, experts, D, F,
     KEEP: tl.constexpr, ACTIVATE: tl.constexpr, BY: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr,
@@ -102,7 +102,7 @@ def differentiate(da, s, h, dh, a, r, c, end, F):
     return tl.sum(da * silu * up, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def down_kernel(
     dy, weight, w, h, dh, a, dweight, counts, of_row, rows, experts, D, F,
     BY: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -156,11 +156,11 @@ class Layer:
         a = self.x.new_empty(self.rows if activate else 0, self.F)
 
         def run(tile: Tile) -> None:
-            tma = grouped.descriptors_can(tile, self.D, w)
+            tma = self.D % tile.k == 0 and grouped.descriptors_can(w)
             up_kernel[self.grid(tile)](
                 self.x, self.weight, TensorDescriptor.from_tensor(w, [tile.n, tile.k]) if tma else w, h, a,
                 self.counts, self.of_row, self.rows, self.experts, self.D, self.F, keep, activate, self.by, tma,
-                grouped.padded(self.experts), grouped.precision(w.dtype), *tile[:3], tile.group,
+                grouped.padded(self.experts), tune.precision(w.dtype), *tile[:3], tile.group,
                 **tile.options(),
             )  # fmt: skip
 
@@ -168,24 +168,28 @@ class Layer:
             run(self.choose("experts_up", UP, run))
         return h, a
 
-    def down(self, dy: Tensor, w_down: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dh[R, 2F], a[R, F] and dweight[T, K]."""
+    def down(self, dy: Tensor, w_down: Tensor, h: Tensor, overwrite: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """dh[R, 2F], a[R, F] and dweight[T, K]. dh takes the place of h if told to overwrite it: each program reads
+        what it replaces, and nothing else, before."""
         dy, w = dy.contiguous(), w_down.contiguous().view(-1, self.F)
-        dh, a, dweight = torch.empty_like(h), h.new_empty(self.rows, self.F), torch.zeros_like(self.weight)
+        dh, a, dweight = h, h.new_empty(self.rows, self.F), torch.zeros_like(self.weight)
 
-        def run(tile: Tile) -> Tensor:
-            tma = grouped.descriptors_can(tile, self.D, w)
+        def run(tile: Tile, dh: Tensor) -> Tensor:
+            tma = self.D % tile.k == 0 and grouped.descriptors_can(w)
             parts = self.weight.new_empty(self.rows, triton.cdiv(self.F, tile.n))
             down_kernel[self.grid(tile)](
                 dy, self.weight, TensorDescriptor.from_tensor(w, [tile.k, tile.n]) if tma else w, h, dh, a, parts,
                 self.counts, self.of_row, self.rows, self.experts, self.D, self.F, self.by, tma,
-                grouped.padded(self.experts), grouped.precision(w.dtype), *tile[:3], tile.group,
+                grouped.padded(self.experts), tune.precision(w.dtype), *tile[:3], tile.group,
                 **tile.options(),
             )  # fmt: skip
             return parts.sum(1).view_as(self.weight)
 
         if self.rows and self.F:
-            dweight = run(self.choose("experts_down", DOWN, run))
+            # measuring launches many times, and each launch needs h
+            tile = self.choose("experts_down", DOWN, lambda tile: run(tile, torch.empty_like(h)))
+            dh = h if overwrite else torch.empty_like(h)
+            dweight = run(tile, dh)
         return dh, a, dweight
 
     def sum(self, rows: Tensor, w: Tensor, transposed: bool) -> Tensor:
@@ -210,13 +214,14 @@ def experts_backward(
     assignment_of_row: Tensor, row_of: Tensor, h: Tensor, need_x: bool, need_matrices: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     layer = Layer(x, weight, counts, assignment_of_row, row_of, w_down.shape[2])
-    if not h.shape[0]:
+    again = not h.shape[0]
+    if again:
         h, _ = layer.up(w_gate_up, keep=True, activate=False)
-    dh, a, dweight = layer.down(grad, w_down, h)
+    dh, a, dweight = layer.down(grad, w_down, h, overwrite=again)
     dx, dw_gate_up, dw_down = (x.new_empty(0) for _ in range(3))
     if need_matrices:
-        dw_down = grouped.dw(grad, a, counts, assignment_of_row, a_by=layer.by)
-        dw_gate_up = grouped.dw(dh, x, counts, assignment_of_row, b_by=layer.by)
+        dw_down = grouped.dw(grad, a, layer.counts, layer.of_row, a_by=layer.by)
+        dw_gate_up = grouped.dw(dh, layer.x, layer.counts, layer.of_row, b_by=layer.by)
     del a  # before dx of rows is there
     if need_x:
         dx = layer.sum(dh, w_gate_up, transposed=False)

@@ -33,7 +33,7 @@ MATMUL = Tiles(
 DW = Tiles(
     hopper=(Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
     ampere=(Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 8, 4)),
-    single=(Tile(32, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3)),
+    single=(Tile(64, 64, 16, 8, 3), Tile(32, 64, 16, 4, 3)),
 )
 
 
@@ -72,7 +72,7 @@ def block(source, row, column, rows, columns, R: tl.constexpr, C: tl.constexpr, 
         return tl.load(source + r.to(tl.int64)[:, None] * columns + c[None, :], mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def matmul_kernel(
     a, b, out, counts, of_row, rows, experts, N, K,
     TRANSPOSED: tl.constexpr, SCATTER: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -148,16 +148,10 @@ def programs(device: torch.device, tiles: int, warps: int) -> tuple[int]:
     return (max(1, min(tiles, processors * (2 if warps == 4 else 1))),)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How fp32 operands are multiplied; without effect on others."""
-    return "ieee" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32"
-
-
-def descriptors_can(tile: Tile, K: int, *operands: Tensor) -> bool:
-    """Whether the operands can go through descriptors: 16-byte addresses and row lengths, and whole steps along K, so
-    that the last step of one expert does not read the first rows of the next."""
+def descriptors_can(*operands: Tensor) -> bool:
+    """Whether the operands can go through descriptors: 16-byte addresses and row lengths."""
     aligned = all(x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0 for x in operands)
-    return aligned and K % tile.k == 0 and all(x.numel() for x in operands) and tune.has_descriptors()
+    return aligned and all(x.numel() for x in operands) and tune.has_descriptors()
 
 
 def padded(experts: int) -> int:
@@ -167,19 +161,22 @@ def padded(experts: int) -> int:
 
 def matmul(a: Tensor, b: Tensor, counts: Tensor, transposed: bool, of_row: Tensor | None = None) -> Tensor:
     """out[R, N]: rows a[R, K] times b[E, K, N], or b[E, N, K] transposed; row r lands in out[of_row[r]] if given."""
-    a, b = a.contiguous(), b.contiguous()
+    a, b, counts = a.contiguous(), b.contiguous(), counts.contiguous()
+    of_row = None if of_row is None else of_row.contiguous()
     (rows, K), experts, N = a.shape, b.shape[0], b.shape[1 if transposed else 2]
     out = a.new_empty(rows, N)
 
     def run(tile: Tile) -> None:
-        left, right, tma = a, b.view(-1, b.shape[2]), descriptors_can(tile, K, a, b)
+        # a descriptor gives zeros past the last dimension, K of both if transposed; else b goes on with the next expert
+        tma = (transposed or K % tile.k == 0) and descriptors_can(a, b)
+        left, right = a, b.view(-1, b.shape[2])
         if tma:
             left = TensorDescriptor.from_tensor(left, [tile.m, tile.k])
             right = TensorDescriptor.from_tensor(right, [tile.n, tile.k] if transposed else [tile.k, tile.n])
         tiles = (triton.cdiv(rows, tile.m) + experts) * triton.cdiv(N, tile.n)
         matmul_kernel[programs(a.device, tiles, tile.warps)](
             left, right, out, counts, counts if of_row is None else of_row, rows, experts, N, K, transposed,
-            of_row is not None, tma, padded(experts), precision(a.dtype),
+            of_row is not None, tma, padded(experts), tune.precision(a.dtype),
             *tile[:3], tile.group, **tile.options(),
         )  # fmt: skip
 
@@ -193,14 +190,14 @@ def dw(a: Tensor, b: Tensor, counts: Tensor, of_row: Tensor, a_by: int = 0, b_by
     """out[E, N, K] = a[rows of e].T @ b[rows of e]. With a_by = k, row r of a is a[of_row[r] // k]; b_by likewise.
 
     Two stages of the pipeline go to loading of_row where it is read."""
-    a, b = a.contiguous(), b.contiguous()
+    a, b, counts, of_row = a.contiguous(), b.contiguous(), counts.contiguous(), of_row.contiguous()
     N, K, experts = a.shape[1], b.shape[1], counts.shape[0]
     out = a.new_empty(experts, N, K)
 
     def run(tile: Tile) -> None:
         tiles = experts * triton.cdiv(N, tile.m) * triton.cdiv(K, tile.n)
         dw_kernel[programs(a.device, tiles, tile.warps)](
-            a, b, out, counts, of_row, experts, N, K, a_by, b_by, padded(experts), precision(a.dtype),
+            a, b, out, counts, of_row, experts, N, K, a_by, b_by, padded(experts), tune.precision(a.dtype),
             *tile[:3], tile.group, **tile.options(extra_stages=2 if a_by or b_by else 0),
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from moe_engine.ops.tune import FUSED
 BLOCK, SCAN, WIDE = 128, 256, 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def count_kernel(index, in_block, total, experts, BLOCK: tl.constexpr, E_PAD: tl.constexpr):
     block, e = tl.program_id(0), tl.arange(0, E_PAD)
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -29,7 +29,7 @@ def count_kernel(index, in_block, total, experts, BLOCK: tl.constexpr, E_PAD: tl
     tl.store(in_block + block * (experts + 1) + e, count, mask=e <= experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def scan_kernel(in_block, counts, blocks, experts, SCAN: tl.constexpr):
     e, before = tl.program_id(0), 0
     for first in range(0, blocks, SCAN):
@@ -41,7 +41,7 @@ def scan_kernel(in_block, counts, blocks, experts, SCAN: tl.constexpr):
     tl.store(counts + e, before)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def place_kernel(
     index, before_block, counts, assignment_of_row, row_of, total, experts, BLOCK: tl.constexpr, E_PAD: tl.constexpr
 ):
@@ -58,7 +58,7 @@ def place_kernel(
     tl.store(assignment_of_row + row, i, mask=i < total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def permute_kernel(x, out, of_row, rows, D, BY: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
     r, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     inside = (r < rows)[:, None] & (d < D)[None, :]
@@ -67,7 +67,7 @@ def permute_kernel(x, out, of_row, rows, D, BY: tl.constexpr, ROWS: tl.constexpr
     tl.store(out + r.to(tl.int64)[:, None] * D + d[None, :], values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def unpermute_kernel(rows, out, row_of, tokens, D, BY: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
     t, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     inside, at = (t < tokens)[:, None] & (d < D)[None, :], t.to(tl.int64)

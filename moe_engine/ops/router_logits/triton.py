@@ -16,7 +16,7 @@ from moe_engine.ops.tune import FUSED
 STRETCH, STRETCHES = 1024, 32  # at least so many tokens in a stretch, at most so many stretches
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def router_logits_kernel(
     x, w, logits, tokens, experts, D, WIDEN: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, E_PAD: tl.constexpr
 ):
@@ -35,7 +35,7 @@ def router_logits_kernel(
     tl.store(logits + t.to(tl.int64)[:, None] * experts + e[None, :], sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def router_dx_kernel(
     grad, w, dx, tokens, experts, D, PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     WIDE: tl.constexpr,
@@ -54,7 +54,7 @@ def router_dx_kernel(
     tl.store(dx + t.to(tl.int64)[:, None] * D + d[None, :], sums.to(dx.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "stretch"])
 def router_dw_kernel(
     grad, x, parts, tokens, experts, D, stretch, PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     WIDE: tl.constexpr,

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_engine.ops.tune import FUSED
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def router_topk_kernel(
     logits, bias, weight, index, probs, lse, tokens, experts,
     K: tl.constexpr, RENORMALIZE: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, E_PAD: tl.constexpr,
@@ -48,7 +48,7 @@ def router_topk_kernel(
     tl.store(weight + at * K + choice[None, :], taken, mask=slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def router_topk_backward_kernel(
     grad_weight, grad_probs, grad_lse, index, probs, grad, tokens, experts,
     K: tl.constexpr, RENORMALIZE: tl.constexpr, ROWS: tl.constexpr, E_PAD: tl.constexpr,
