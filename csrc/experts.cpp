@@ -43,9 +43,11 @@ struct Layer {
       times(s.rows, t.rows, {w + hidden * width, width, true}, width, t.columns, s.c + kHalf, s);
       for (int64_t r = t.row; r < t.row + t.rows; r++) {
         const Wide<T>*gate = s.c + (r - t.row) * kWide, *up = gate + kHalf;
-        T* row = h + 2 * r * hidden + t.column;
-        if (h) round_rows(gate, kWide, row, hidden, 1, t.columns, past);
-        if (h) round_rows(up, kWide, row + hidden, hidden, 1, t.columns, past);
+        if (h) {
+          T* row = h + 2 * r * hidden + t.column;
+          round_rows(gate, kWide, row, hidden, 1, t.columns, past);
+          round_rows(up, kWide, row + hidden, hidden, 1, t.columns, past);
+        }
         if (a) swiglu_row(gate, up, weight_of(r), a + r * hidden + t.column, t.columns);
       }
       drain();

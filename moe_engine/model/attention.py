@@ -33,9 +33,10 @@ class Places(NamedTuple):
 
 
 def inverse_frequencies(config: Model) -> Tensor:
-    """Rotary frequencies [C/2] in fp32, with Llama-3's scaling of long wavelengths when the config asks for it."""
+    """Rotary frequencies [C/2] in fp32, with Llama-3's scaling of long wavelengths when the config asks for it. On CPU,
+    also where a model is built without storage: they are numbers, not weights to come."""
     head_dim = config.head_dim
-    inverse = config.rope_theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    inverse = config.rope_theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return inverse

@@ -51,6 +51,13 @@ def test_llama3_frequencies(theta: float, head_dim: int, factor: float, low: flo
     torch.testing.assert_close(unscaled.double(), torch.tensor(plain, dtype=torch.float64), rtol=2e-6, atol=0)
 
 
+def test_a_model_without_storage_has_its_frequencies():
+    config = Model(**SIZES, head_dim=8)
+    with torch.device("meta"):
+        frequencies = inverse_frequencies(config)
+    assert torch.equal(frequencies, inverse_frequencies(config)) and frequencies.device.type == "cpu"
+
+
 def test_rotation_turns_pairs_and_keeps_relative_places():
     """(i, i + C/2) turns by position * frequency; scores depend on the distance alone."""
     frequency = torch.tensor([1.0, 0.3])
