@@ -101,6 +101,7 @@ def _(grad, x, weight, w_gate_up, w_down, counts, assignment_of_row, row_of, h, 
 def _save(ctx, inputs, output):
     h = output[1]
     ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)  # no zeros in the place of a gradient of h
     ctx.save_for_backward(*inputs[:7], h)
 
 
