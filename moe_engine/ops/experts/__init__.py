@@ -106,6 +106,8 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, _):
+    if grad is None:  # y took no part in what is differentiated
+        return (None,) * 8
     need_x, need_weight, need_gate_up, need_down, *_ = ctx.needs_input_grad
     dx, dweight, dw_gate_up, dw_down = torch.ops.moe_engine.experts_backward(
         grad, *ctx.saved_tensors, need_x, need_gate_up or need_down
