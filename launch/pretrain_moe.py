@@ -78,7 +78,9 @@ def on_lines(error: EngineError) -> str:
 
 def pretrain(loaded: Loaded, rank: int) -> None:
     """The run itself: folders and data by rank 0, then every rank trains."""
+    from moe_engine.checkpoint.folders import steps_in
     from moe_engine.host.lock import lock
+    from moe_engine.plan.start import weight_lines
 
     run = loaded.run
     out = Path(run.train.out)
@@ -86,6 +88,8 @@ def pretrain(loaded: Loaded, rank: int) -> None:
     if rank == 0:
         make_writable(out)
         held = lock(out)
+        if not steps_in(out / "checkpoints"):
+            weight_lines(run)  # those of another model are refused before one is built
         if run.train.export_hf:
             from moe_engine.checkpoint.hf.export import check_exportable
 

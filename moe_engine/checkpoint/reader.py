@@ -17,6 +17,7 @@ from moe_engine.checkpoint.manifest import NAME, file_in, problems_of, read_mani
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.shard import SUFFIX
 from moe_engine.checkpoint.source import Source, Stored
+from moe_engine.config import Run
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.parallel.collectives import gather_bytes
 from moe_engine.parallel.mesh import Axis
@@ -32,7 +33,7 @@ def choose(
     """
     if resume != "auto":
         folder = Path(resume)
-        together(lambda: _present(folder, resume), world)
+        together(lambda: check_present(folder), world)
         if problems := verify(folder, world, beat):
             raise DataError("; ".join(problems) + "; resume from another checkpoint")
         return folder
@@ -52,10 +53,24 @@ def choose(
     return None
 
 
-def _present(folder: Path, resume: str) -> None:
+def check_resume(run: Run, there: list[int]) -> None:
+    """ConfigError when what the run asks for does not go with the steps that lie in its --out."""
+    out, resume = run.train.out, run.train.resume
+    if there and not resume:
+        raise ConfigError(
+            f"--out {out} holds checkpoints of an earlier run: continue it with --resume auto, or give another --out"
+        )
+    if there and resume and resume != "auto" and Path(resume).resolve().parent != Path(out, "checkpoints").resolve():
+        raise ConfigError(
+            f"--resume {resume} is of another run, and --out {out} holds checkpoints of its own: give another --out"
+        )
+
+
+def check_present(folder: Path) -> None:
+    """ConfigError when a folder that --resume names is no checkpoint."""
     if not (folder / NAME).is_file():
         raise ConfigError(
-            f"--resume {resume}: no manifest.json there; give a folder step-N written by this engine, or auto"
+            f"--resume {folder}: no manifest.json there; give a folder step-N written by this engine, or auto"
         )
 
 

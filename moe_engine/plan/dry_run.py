@@ -1,16 +1,21 @@
 """What a run would be, without starting it: settings checked, files opened, sizes and shapes computed.
 
-The configuration, the layout and the batch arithmetic were checked when the run was loaded. Here the tokenizer and the
-data are opened, parameters counted, and the shapes of one step listed room by room, for one rank.
+The configuration, the layout and the batch arithmetic were checked when the run was loaded. Here the folders that the
+run starts from and writes to are looked at, the tokenizer and the data opened, parameters counted, and the shapes of
+one step listed room by room, for one rank.
 """
 
 import math
+from typing import Any
 
 from moe_engine.config import Run
 from moe_engine.config_cli import Loaded
 from moe_engine.data.corpus import open_corpus
+from moe_engine.data.loader import Loader
+from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import DataError
 from moe_engine.model.flops import step_flops_per_token
+from moe_engine.plan.start import checkpoint_of, start_lines
 from moe_engine.sizes import heads_per_attention_expert, parameter_counts, rank_parameters
 
 
@@ -18,7 +23,10 @@ def describe(loaded: Loaded) -> list[str]:
     """The report of `--dry-run`. Raises ConfigError or DataError where the run itself would."""
     run = loaded.run
     first = [*loaded.derived, *(f"warning: {warning}" for warning in loaded.warnings)]
-    parts = (first, batch_lines(run), corpus_lines(run), parameter_lines(run), shape_lines(run))
+    checkpoint = checkpoint_of(run)
+    state = checkpoint[1]["data"] if checkpoint and run.data.domains else None
+    start, corpus = start_lines(run, checkpoint), corpus_lines(run, state)
+    parts = (first, start, batch_lines(run), corpus, parameter_lines(run), shape_lines(run))
     return [line for part in parts for line in (*part, "")] + ["ok"]
 
 
@@ -38,16 +46,32 @@ def batch_lines(run: Run) -> list[str]:
     ]
 
 
-def corpus_lines(run: Run) -> list[str]:
-    """The domains with their tokens; opening them checks tokenizer, vocabulary and files."""
+def corpus_lines(run: Run, state: dict[str, Any] | None) -> list[str]:
+    """The domains with their tokens; opening them checks tokenizer, vocabulary and files, a loader the rest.
+
+    state: of the loader of the run that is resumed, if one is.
+    """
     if not run.data.domains:
-        if run.model.vocab_size < 257:
+        tokenizer = load_tokenizer(run.data.tokenizer)
+        if run.model.vocab_size < tokenizer.vocab_size:
             raise DataError(
-                f"model.vocab_size {run.model.vocab_size} is too small for the default corpus, which has 257 ids "
-                "(bytes and an end of document); set model.vocab_size >= 257 or give --data"
+                f"model.vocab_size {run.model.vocab_size} is too small for the default corpus, which has "
+                f"{tokenizer.vocab_size} ids ({tokenizer.spec}); set model.vocab_size >= {tokenizer.vocab_size} or "
+                "give --data"
             )
-        return ["data        the Python standard library's own sources, as bytes (prepared when the run starts)"]
+        made = f"(tokenizer {tokenizer.spec}; prepared when the run starts)"
+        return [f"data        the Python standard library's own sources {made}"]
     train, held_out = open_corpus(run)
+    loader = Loader(
+        train,
+        seed=run.train.seed,
+        seq_length=run.train.seq_length,
+        micro_batch=run.train.micro_batch,
+        accumulation=run.train.accumulation,
+        data_size=run.data_ranks,
+    )
+    if state:
+        loader.load_state(state)
     weight = sum(domain.weight for domain in train)
     lines = [
         f"data        {domain.name}: {domain.dataset.tokens:,} tokens, {100 * domain.weight / weight:.1f} % of draws"

@@ -19,13 +19,12 @@ from moe_engine.checkpoint.agreement import together
 from moe_engine.checkpoint.compare import differences
 from moe_engine.checkpoint.folders import folder_of, set_aside
 from moe_engine.checkpoint.hf.carried import keep_for_run
+from moe_engine.checkpoint.hf.first import changes_of, open_weights
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.manifest import NAME, read_manifest
-from moe_engine.checkpoint.reader import Reader, agreed_steps, choose, verify
+from moe_engine.checkpoint.reader import Reader, agreed_steps, check_resume, choose, verify
 from moe_engine.checkpoint.saver import Saver
-from moe_engine.checkpoint.source import Source
-from moe_engine.config import Model, Run
-from moe_engine.config_hf import differences as unlike
+from moe_engine.config import Run
 from moe_engine.data.loader import Batch, Loader, OpenDomain, eval_batches
 from moe_engine.errors import ConfigError, DataError, EngineError, Preempted, StorageError
 from moe_engine.host.memory import keep_freed_memory
@@ -206,16 +205,7 @@ def resume(trainer: Trainer) -> tuple[int, int]:
     """Continue from the checkpoint that the run asks for; returns the steps done and the tokens seen."""
     wanted, root, log, world = trainer.run.train.resume, trainer.saver.root, trainer.log, trainer.mesh.world
     there = agreed_steps(root, world)
-    if there and not wanted:
-        raise ConfigError(
-            f"--out {trainer.run.train.out} holds checkpoints of an earlier run: continue it with --resume auto, "
-            "or give another --out"
-        )
-    if there and wanted and wanted != "auto" and Path(wanted).resolve().parent != root.resolve():
-        raise ConfigError(
-            f"--resume {wanted} is of another run, and --out {trainer.run.train.out} holds checkpoints of its own: "
-            "give another --out"
-        )
+    check_resume(trainer.run, there)
     beat = partial(trainer.beat, 0, "reading a checkpoint")
     folder = choose(wanted, root, world, log.warn, beat) if wanted else None
     if folder is None:
@@ -246,19 +236,13 @@ def start_from(trainer: Trainer, path: Path) -> None:
         raise DataError(f"--init-from {path}: the ranks do not see the same; it must be shared by all nodes")
     if ours[0] and (problems := verify(path, world, beat)):
         raise DataError("; ".join(problems))
-    opened: list[Source] = []
-    together(lambda: opened.append(Reader(path) if ours[0] else HfFolder(path)), world)
+    opened: list[HfFolder | Reader] = []
+    together(lambda: opened.append(open_weights(path)), world)
     together(lambda: trainer.log.warn(*changes_of(opened[0], trainer.run.model)), world)
     together(lambda: load_weights(trainer.engine, opened[0], beat), world)
     trainer.engine.weights_from_masters()
     together(lambda: keep_for_run(path, Path(trainer.run.train.out)), world, everywhere=False)
     trainer.log.info(f"started with the weights of {path}")
-
-
-def changes_of(source: Source, model: Model) -> list[str]:
-    """One line for each setting that makes the run's model another function of the same weights."""
-    theirs = source.model if isinstance(source, HfFolder) else Model.model_validate(source.manifest["run"]["model"])  # pyright: ignore[reportAttributeAccessIssue]
-    return [f"model.{key} was {was} and is {now} in this run" for key, (now, was) in unlike(model, theirs).items()]
 
 
 def leave(trainer: Trainer, steps: list[int]) -> None:

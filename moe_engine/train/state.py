@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 import moe_engine
+from moe_engine.checkpoint.hf.first import check_shapes
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.saver import Saver, Shard
 from moe_engine.checkpoint.source import Source
-from moe_engine.errors import ConfigError
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import key_of, note_of
 from moe_engine.train.zero import OwnedSlice, ZeroEngine
@@ -102,15 +102,7 @@ def load_weights(engine: ZeroEngine, source: Source, beat: Callable[[], None] = 
     ConfigError names the weights that differ. What forward reads follows by `engine.weights_from_masters`, collective.
     """
     by_name = {name: p for p, name in engine.names.items()}
-    ours = {name: tuple(note_of(p).shape) for name, p in by_name.items()}
-    theirs = {name: tuple(shape) for name, shape in source.shapes.items()}
-    if ours != theirs:
-        names = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
-        first = names[0]
-        raise ConfigError(
-            f"{source.folder}: {len(names)} weights are not those of the model, {first} for one is {theirs.get(first)} "
-            f"there and {ours.get(first)} in the run; leave --model out to take the model of that folder"
-        )
+    check_shapes(source, {name: tuple(note_of(p).shape) for name, p in by_name.items()})
     for owned in engine.owned():
         beat()
         source.fill("master", piece_of(owned, by_name[owned.name]), owned.master)

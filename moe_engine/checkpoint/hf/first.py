@@ -1,0 +1,36 @@
+"""The weights that a new run starts with: of a Hugging Face folder, or of a checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from moe_engine.checkpoint.hf.folder import HfFolder
+from moe_engine.checkpoint.manifest import NAME
+from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.source import Source
+from moe_engine.config import Model
+from moe_engine.config_hf import differences
+from moe_engine.errors import ConfigError
+
+
+def open_weights(path: Path) -> HfFolder | Reader:
+    """What lies at `path`, opened; no tensor is read yet."""
+    return Reader(path) if (path / NAME).is_file() else HfFolder(path)
+
+
+def changes_of(source: HfFolder | Reader, model: Model) -> list[str]:
+    """One line for each setting that makes the run's model another function of the same weights."""
+    theirs = source.model if isinstance(source, HfFolder) else Model.model_validate(source.manifest["run"]["model"])
+    changes = differences(model, theirs).items()
+    return [f"model.{key} was {was} and is {now} in this run" for key, (now, was) in changes]
+
+
+def check_shapes(source: Source, ours: Mapping[str, tuple[int, ...]]) -> None:
+    """ConfigError, with the first of them, when weights of the run have other names or shapes than those at hand."""
+    theirs = {name: tuple(shape) for name, shape in source.shapes.items()}
+    names = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    if names:
+        first = names[0]
+        raise ConfigError(
+            f"{source.folder}: {len(names)} weights are not those of the model, {first} for one is {theirs.get(first)} "
+            f"there and {ours.get(first)} in the run; leave --model out to take the model of that folder"
+        )

@@ -1,0 +1,84 @@
+"""Where a run would start: afresh, with the weights of a folder, or from a checkpoint; and whether that can work.
+
+Nothing is written, and no tensor is read: headers and manifests say enough. The checksums of files are compared when
+the run starts.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from moe_engine.checkpoint.compare import differences
+from moe_engine.checkpoint.folders import folder_of, steps_in
+from moe_engine.checkpoint.manifest import read_manifest
+from moe_engine.checkpoint.reader import check_present, check_resume
+from moe_engine.config import Run
+from moe_engine.errors import ConfigError, DataError
+
+
+def start_lines(run: Run, checkpoint: tuple[Path, dict[str, Any]] | None) -> list[str]:
+    """Start and end of a run, with its warnings. Raises ConfigError or DataError where the run itself would."""
+    check_folder(Path(run.train.out))
+    lines = resume_lines(run, *checkpoint) if checkpoint else weight_lines(run)
+    if run.train.export_hf:
+        from moe_engine.checkpoint.hf.export import check_exportable
+
+        came_from = Path(run.train.init_from) if run.train.init_from else None
+        check_exportable(run.model, Path(run.train.export_hf), came_from)
+        lines.append(f"export      {run.train.export_hf}, when the run ends")
+    return lines
+
+
+def check_folder(out: Path) -> None:
+    """ConfigError when nothing could be written to --out, be it there or not."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"--out {out}: {there} cannot be written to; choose a folder that you can write to")
+
+
+def checkpoint_of(run: Run) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that the run would go on from, and its manifest; None if it would not."""
+    root, resume = Path(run.train.out) / "checkpoints", run.train.resume
+    steps = steps_in(root)
+    check_resume(run, steps)
+    if resume == "auto":
+        return newest(root, steps) if steps else None
+    if not resume:
+        return None
+    check_present(Path(resume))
+    return Path(resume), read_manifest(Path(resume))
+
+
+def newest(root: Path, steps: list[int]) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint whose manifest is whole."""
+    damaged = []
+    for step in reversed(steps):
+        try:
+            return folder_of(root, step), read_manifest(folder_of(root, step))
+        except DataError as error:
+            damaged.append(str(error))
+    raise DataError(f"no checkpoint under {root} is whole: {'; '.join(damaged)}")
+
+
+def resume_lines(run: Run, folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """What goes on, and what is no more as it was; the loader judges the data."""
+    if "hf" in manifest:
+        raise ConfigError(f"{folder} holds weights without a training state: start from them with --init-from")
+    now = run.model_dump(mode="json")
+    if not run.data.domains:  # of the default corpus, which the run prepares itself
+        now["data"].pop("domains")
+    changes = differences(manifest["run"], now)
+    return [f"start       from {folder}, {manifest['step']:,} steps done", *(f"warning: {line}" for line in changes)]
+
+
+def weight_lines(run: Run) -> list[str]:
+    """What a run that resumes nothing would start with."""
+    if not run.train.init_from:
+        return ["start       afresh, with random weights"]
+    from moe_engine.checkpoint.hf.first import changes_of, check_shapes, open_weights
+    from moe_engine.checkpoint.hf.table import weight_shapes
+
+    source = open_weights(Path(run.train.init_from))
+    check_shapes(source, weight_shapes(run.model))
+    changes = changes_of(source, run.model)
+    return [f"start       with the weights of {run.train.init_from}", *(f"warning: {line}" for line in changes)]
