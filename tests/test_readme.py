@@ -6,10 +6,10 @@ two steps), prepare_data really, on text made here, `make` with -n. The last tes
 expect complaints.
 """
 
+import base64
 import contextlib
 import importlib
 import io
-import json
 import os
 import re
 import runpy
@@ -24,13 +24,11 @@ from types import ModuleType
 
 import pytest
 
-from moe_engine.config import Model
 from moe_engine.config_cli import build_parser
-from moe_engine.config_files import read_model
-from moe_engine.config_hf import model_to_hf
 from moe_engine.config_report import KEYS
 from moe_engine.errors import EngineError
 from moe_engine.log import progress_line
+from tests.checkpoint.hf.small import save, theirs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -132,9 +130,10 @@ class Checker:
         self.folder = folder
         for name in LINKED:
             (folder / name).symlink_to(ROOT / name)
-        (folder / "Mixtral-8x7B-v0.1").mkdir()  # what the reader has
-        mixtral = model_to_hf(Model.model_validate(read_model("mixtral-8x7b")), "mixtral", "bfloat16", 5, {})
-        (folder / "Mixtral-8x7B-v0.1" / "config.json").write_text(json.dumps(mixtral))
+        mixtral = theirs("mixtral", vocab_size=512, num_local_experts=8)  # what the reader has, small
+        save(mixtral, folder / "Mixtral-8x7B-v0.1", shard="1GB", side=False)
+        ranks = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))  # of tiktoken
+        (folder / "Mixtral-8x7B-v0.1" / "tokenizer.model").write_text(ranks)
         monkeypatch.chdir(folder)
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the launcher sets it: put back after the test
 
