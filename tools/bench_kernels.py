@@ -57,7 +57,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def check_names(options: argparse.Namespace) -> None:
-    """Raises ValueError with the names that there are."""
+    """Raises ValueError with the names that there are, and for a device or a folder that is not."""
+    import torch
+
     from tools.kernels.contenders import PEERS
     from tools.kernels.single_ops import OPS
 
@@ -65,6 +67,10 @@ def check_names(options: argparse.Namespace) -> None:
     if options.ops not in ("all", *ops):
         raise ValueError(f"found op {options.ops!r}, expected all or one of {', '.join(ops)}")
     options.ops = ops if options.ops == "all" else [options.ops]
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"found --device cuda, but torch {torch.__version__} has no GPU here; leave it out")
+    if options.json not in (None, "none") and not Path(options.json).absolute().parent.is_dir():
+        raise ValueError(f"found --json {options.json}, expected a path in a folder that exists")
     names = [peer.name for peer in PEERS]
     wanted = {"all": names, "none": []}.get(options.peers[0], options.peers)
     if unknown := [name for name in wanted if name not in names]:

@@ -24,13 +24,12 @@ OWN_CODE = "; it needs LLaMA-MoE-v2's own modelling code: transformers' Mixtral 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-
     from moe_engine.config_report import BULLET
     from moe_engine.errors import EngineError
     from moe_engine.log import printable
 
     try:
+        options = parser().parse_args(arguments)
         return options.run(options)
     except EngineError as error:
         print(f"error: {BULLET.join(map(printable, str(error).split(BULLET)))}", file=sys.stderr)
@@ -39,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The three commands."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from moe_engine.config_cli import Parser
+
+    top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = top.add_subparsers(required=True, metavar="import|export|verify")
     read = commands.add_parser("import", help="folder -> checkpoint")
     read.add_argument("--hf", type=Path, required=True, metavar="DIR", help="config.json and safetensors files")

@@ -9,6 +9,7 @@ code 65 when something is damaged, 1 when two checkpoints differ.
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Sequence
@@ -21,24 +22,25 @@ DAMAGED, DIFFERENT = 65, 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from moe_engine.config_cli import Parser
+    from moe_engine.errors import EngineError
+    from moe_engine.log import printable
+
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("paths", nargs="+", type=Path, metavar="FOLDER", help="a run, or one or two checkpoints")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
     parser.add_argument("--values", action="store_true", help="of two checkpoints, compare the weights' values too")
     parser.add_argument("--weights", action="store_true", help="list every weight")
-    options = parser.parse_args(arguments)
-    if len(options.paths) > 2:
-        parser.error(f"found {len(options.paths)} folders, expected one or two")
-
-    from moe_engine.errors import EngineError
-    from moe_engine.log import printable
-
     try:
+        options = parser.parse_args(arguments)
+        if len(options.paths) > 2:
+            parser.error(f"found {len(options.paths)} folders, expected one or two")
         lines, code = report(options)
     except EngineError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
-    print("\n".join(printable(line) for line in lines))
+    with contextlib.suppress(BrokenPipeError):  # `| head` has read enough
+        print("\n".join(printable(line) for line in lines), flush=True)
     return code
 
 

@@ -12,15 +12,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from moe_engine.config_cli import Parser
 from moe_engine.errors import ConfigError, EngineError
 from moe_engine.log import printable
 from moe_engine.prepare.pipeline import Options, prepare, stdlib_sources
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Turn .txt .md .py .jsonl .json .parquet files (also .gz) and folders into token shards.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     what = parser.add_argument_group("what to read")
     what.add_argument(
@@ -70,9 +72,9 @@ def domains_of(args: argparse.Namespace) -> dict[str, list[str | Path]]:
 
 def main(argv: list[str]) -> int:
     """Exit code: 0, 65 for data that cannot be used, 78 for arguments that cannot work."""
-    args = parse(argv)
-    options = Options(args.text_key, args.per, args.add_bos, args.eval_fraction, args.on_bad_row, args.shard_tokens)
     try:
+        args = parse(argv)
+        options = Options(args.text_key, args.per, args.add_bos, args.eval_fraction, args.on_bad_row, args.shard_tokens)
         manifest = prepare(
             domains_of(args), args.out, args.tokenizer, options, args.workers, args.overwrite, args.quiet
         )

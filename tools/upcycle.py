@@ -22,8 +22,6 @@ from tools.upcycling.flags import add_options, child_of, idle, options_of, paren
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = parser().parse_args(arguments)
-
     from moe_engine.config_report import BULLET
     from moe_engine.errors import EngineError
     from moe_engine.log import printable
@@ -31,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
-            return upcycle(given)
+            return upcycle(parser().parse_args(arguments))
         except EngineError as error:
             print(f"error: {BULLET.join(map(printable, str(error).split(BULLET)))}", file=sys.stderr)
             return error.exit_code
@@ -39,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from moe_engine.config_cli import Parser
+
+    out = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     out.add_argument("--hf", type=Path, required=True, metavar="DIR", help="the dense parent")
     out.add_argument("--method", required=True, metavar="NAME")
     out.add_argument("--out", type=Path, required=True, metavar="PATH", help="what to write")

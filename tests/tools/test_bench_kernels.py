@@ -138,6 +138,12 @@ finally:
         ("--ops nothing", "expected all or one of layer, router_logits"),
         ("--peers nobody", "expected all, none, or some of torch, transformers"),
         ("--json none --plot", "--plot draws beside the JSON"),
+        ("--json nowhere/x.json", "found --json nowhere/x.json, expected a path in a folder that exists"),
+        pytest.param(
+            "--device cuda",
+            "no GPU here; leave it out",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU"),
+        ),
     ],
 )
 def test_mistakes_are_refused(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
