@@ -113,7 +113,7 @@ def pretrain(loaded: Loaded, rank: int) -> None:
         if rank == 0:
             from moe_engine.train.summary import write_summary
 
-            log.info(*write_summary(out, run))
+            log.info(*write_summary(out))
             if run.train.export_hf:
                 log.info(f"exporting to {run.train.export_hf}")
                 log.info(export(out, Path(run.train.export_hf)))

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from moe_engine.config import Run
 from moe_engine.log import read_rows
 from moe_engine.report import expert_load_table, loss_curve_png
 
 
-def write_summary(out: Path, run: Run) -> list[str]:
+def write_summary(out: Path) -> list[str]:
     """Draw `out`/loss.png and return the closing lines; the main rank calls it after the last step."""
     if not (out / "metrics.jsonl").is_file():
         return []  # nothing was trained here
@@ -27,6 +26,6 @@ def write_summary(out: Path, run: Run) -> list[str]:
         f"metrics      {out / 'metrics.jsonl'}",
         f"TensorBoard  tensorboard --logdir {out / 'tensorboard'} --host 127.0.0.1",
         f"checkpoint   {out / 'checkpoints'}",
-        f"more steps   --out {out} --resume auto --steps {2 * run.train.steps}",
+        f"more steps   --out {out} --resume auto --steps {2 * last['step']}",
         "your text    tools/prepare_data.py --help, then --data FOLDER",
     ]

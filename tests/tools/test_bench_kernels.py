@@ -16,6 +16,7 @@ from tools.kernels.shapes import layer_flops, shape_of
 from tools.kernels.single_ops import OPS
 
 ROOT = Path(__file__).parents[2]
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 SHAPE, TOKENS, CPU = shape_of("5,2,64,48"), 33, torch.device("cpu")
 
 
@@ -139,11 +140,7 @@ finally:
         ("--peers nobody", "expected all, none, or some of torch, transformers"),
         ("--json none --plot", "--plot draws beside the JSON"),
         ("--json nowhere/x.json", "found --json nowhere/x.json, expected a path in a folder that exists"),
-        pytest.param(
-            "--device cuda",
-            "no GPU here; leave it out",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU"),
-        ),
+        pytest.param("--device cuda", "no GPU here; leave it out", marks=NO_GPU),
     ],
 )
 def test_mistakes_are_refused(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
