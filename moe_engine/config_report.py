@@ -23,6 +23,7 @@ KEYS: dict[str, list[str]] = {name: list(section.model_fields) for name, section
 
 # pydantic's words for what YAML calls otherwise.
 PLAIN = {"tuple_type": "expected a list", "model_type": "expected a mapping", "bool_parsing": "expected true or false"}
+PLAIN |= {"string_pattern_mismatch": "expected letters, digits and . _ + - (a weight after a path is a number)"}
 
 
 def nearest(word: str, valid: Iterable[str]) -> str | None:

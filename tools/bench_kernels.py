@@ -9,6 +9,7 @@ same rounds, memory, and the fastest peer's time / this time. docs/benchmarks/RE
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import re
@@ -43,7 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds, after two that warm up")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--json", metavar="PATH", help="or none; default: docs/benchmarks/DEVICE-DATE.json")
+    parser.add_argument("--json", metavar="PATH", help="or none; default: a new docs/benchmarks/DEVICE-DATE.json")
     parser.add_argument("--plot", action="store_true", help="also draw the layers as a PNG beside the JSON")
     options = parser.parse_args(arguments)
     if options.plot and options.json == "none":
@@ -141,6 +142,12 @@ def bench(
         }  # fmt: skip
 
 
+def unused(path: Path) -> Path:
+    """`path`, or with -2, -3, ... at the end of its name: no run writes over what another has measured."""
+    names = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
+
+
 def print_group(group: dict[str, Any]) -> None:
     shape, counts = group["shape"], group["counts"]
     busiest = max(counts) * len(counts) / sum(counts)
@@ -221,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"absent: {name} ({install})")
     result: dict[str, Any] = {"machine": machine, "absent": absent, "groups": []}
     slug = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    path = None if options.json == "none" else Path(options.json or FOLDER / f"{slug}-{machine['date']}.json")
+    path = None if options.json == "none" else Path(options.json or unused(FOLDER / f"{slug}-{machine['date']}.json"))
     for case in cases(options, device):
         for group in bench(case, options.ops, options.peers, options.repeats, device):
             print_group(group)

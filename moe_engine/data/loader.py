@@ -148,8 +148,11 @@ class Loader:
         here = self.state()
         for key in ("seed", "seq_length", "domains"):
             if state[key] != here[key]:
-                found = f"the checkpoint has {key} {state[key]}, the run {here[key]}"
-                raise ConfigError(f"data order: {found}; a run that resumes keeps the checkpoint's")
+                name = "data.domains" if key == "domains" else f"train.{key}"
+                raise ConfigError(
+                    f"{name}: found {here[key]}, and {state[key]} in the checkpoint; resume with the same, or give "
+                    "--init-from CHECKPOINT with another --out"
+                )
         for name, was, now in zip(self.domains, state["datasets"], here["datasets"]):
             if was != now:
                 raise DataError(

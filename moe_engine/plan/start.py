@@ -80,5 +80,5 @@ def weight_lines(run: Run) -> list[str]:
 
     source = open_weights(Path(run.train.init_from))
     check_shapes(source, weight_shapes(run.model))
-    changes = changes_of(source, run.model)
+    changes = changes_of(source, run)
     return [f"start       with the weights of {run.train.init_from}", *(f"warning: {line}" for line in changes)]

@@ -238,7 +238,7 @@ def start_from(trainer: Trainer, path: Path) -> None:
         raise DataError("; ".join(problems))
     opened: list[HfFolder | Reader] = []
     together(lambda: opened.append(open_weights(path)), world)
-    together(lambda: trainer.log.warn(*changes_of(opened[0], trainer.run.model)), world)
+    together(lambda: trainer.log.warn(*changes_of(opened[0], trainer.run)), world)
     together(lambda: load_weights(trainer.engine, opened[0], beat), world)
     trainer.engine.weights_from_masters()
     together(lambda: keep_for_run(path, Path(trainer.run.train.out)), world, everywhere=False)

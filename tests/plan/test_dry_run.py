@@ -52,6 +52,15 @@ def test_where_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and "step-00000010, 10 steps done" in said
 
 
+def test_weights_that_know_tokens_get_bytes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save(theirs("llama", vocab_size=320), tmp_path / "hf", shard="1GB", side=False)
+    sizes = ("--init-from", "hf", "--seq-length", "16")
+    code, said = dry(capsys, *sizes)
+    assert code == 0 and "start       with the weights of hf" in said and "warning: no --data is given" in said
+    code, said = dry(capsys, *sizes, "--tokenizer", "bytes")
+    assert code == 0 and "no --data" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "wanted"),
     [
@@ -89,4 +98,4 @@ def test_the_data_of_a_run_that_goes_on(capsys: pytest.CaptureFixture[str]) -> N
     run = load(["--data", "data"], 1).run.model_dump(mode="json")
     write_manifest(folder, {"run": run, "step": 20, "files": {}, "data": state})
     code, said = dry(capsys, "--out", "run", "--resume", "auto", "--data", "data")
-    assert code == 78 and "the checkpoint has seq_length 128, the run 256" in said
+    assert code == 78 and "train.seq_length: found 256, and 128 in the checkpoint" in said

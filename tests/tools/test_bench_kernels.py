@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.bench_kernels import main
+from tools.bench_kernels import main, unused
 from tools.kernels.contenders import PEERS, differentiable, our_layer, torch_layer
 from tools.kernels.inputs import Inputs, choose, make_inputs
 from tools.kernels.measure import agreeing, saved_bytes, tolerance
@@ -45,6 +45,14 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFix
         assert row["error"] <= 1e-4 and (row["error"] == 0) == (name == "moe_engine")
         assert row["peak_bytes"] is None and row["saved_bytes"] > 0
     assert path.with_suffix(".png").stat().st_size > 0
+
+
+def test_a_run_writes_over_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "cpu-2026-01-01.json"
+    assert unused(path) == path
+    path.touch()
+    (tmp_path / "cpu-2026-01-01-2.json").touch()
+    assert unused(path).name == "cpu-2026-01-01-3.json"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

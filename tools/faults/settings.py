@@ -217,6 +217,10 @@ ALLOWED = {  # in spite of their sections: where things lie, how often they are 
     *("train.keep_last", "train.keep_every", "train.on_save_error", "train.step_timeout", "train.recompute"),
     *("train.eval_every", "train.eval_batches", "train.log_every", "train.init_from", "train.export_hf"),
 }
+WARNED = {  # of the model, what weighs in training alone
+    *("model.router_aux_loss", "model.router_aux_loss_coef", "model.router_z_loss_coef", "model.router_jitter_noise"),
+    "model.capacity_factor",
+}
 FIELDS = [*(f"{section}.{key}" for section, keys in KEYS.items() for key in keys), "data.domains.path"]
 
 
@@ -242,7 +246,7 @@ def answer_to(dotted: str, trainer: Trainer) -> str | None:
     now = changed(trainer.run, section, key, rest)
     part = getattr(trainer.run, section).model_copy(update={key: now})
     log = Listener(Path(trainer.run.train.out), False, trainer.run.train.steps)
-    expected = "allowed" if dotted in ALLOWED else VERDICT[section]
+    expected = "allowed" if dotted in ALLOWED else "warn" if dotted in WARNED else VERDICT[section]
     found, lines = "allowed", log.said
     try:
         resume(trainer._replace(run=trainer.run.model_copy(update={section: part}), log=log))
