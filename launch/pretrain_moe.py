@@ -80,6 +80,7 @@ def pretrain(loaded: Loaded, rank: int) -> None:
     """The run itself: folders and data by rank 0, then every rank trains."""
     from moe_engine.checkpoint.folders import steps_in
     from moe_engine.host.lock import lock
+    from moe_engine.plan.dry_run import batch_lines, parameter_lines
     from moe_engine.plan.start import weight_lines
 
     run = loaded.run
@@ -97,7 +98,7 @@ def pretrain(loaded: Loaded, rank: int) -> None:
             check_exportable(run.model, Path(run.train.export_hf), came_from)
     log = Logger(out, rank == 0, run.train.steps, log_every=run.train.log_every)
     with log:
-        log.info(*loaded.derived)
+        log.info(*loaded.derived, *batch_lines(run), *parameter_lines(run))
         log.warn(*loaded.warnings)
         if rank == 0 and held is None:
             log.warn(f"the file system of --out {out} has no locks: see to it that no other run writes there")
