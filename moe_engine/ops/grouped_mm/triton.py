@@ -101,7 +101,7 @@ def matmul_kernel(
 
 @triton.jit
 def dw_kernel(
-    a, b, out, counts, of_row, experts, N, K,
+    a, b, out, counts, of_row, experts, N: tl.constexpr, K: tl.constexpr,
     A_BY: tl.constexpr, B_BY: tl.constexpr, E_PAD: tl.constexpr, PRECISION: tl.constexpr,
     m: tl.constexpr, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr,
 ):  # fmt: skip
@@ -118,28 +118,27 @@ def dw_kernel(
         j = within // among * n + tl.arange(0, n)
         sums = tl.zeros((m, n), tl.float32)
         for at in range(row, end, k):
-            r = at + tl.arange(0, k)
-            there = r < end
+            there = at + tl.arange(0, k) < end
             left = tl.load(
-                a + source_rows(r, there, of_row, A_BY)[:, None] * N + i[None, :],
-                mask=there[:, None] & (i < N)[None, :], other=0.0,
+                a + offsets(at, there, of_row, N, A_BY, k)[None, :] + i[:, None],
+                mask=there[None, :] & (i < N)[:, None], other=0.0,
             )  # fmt: skip
             right = tl.load(
-                b + source_rows(r, there, of_row, B_BY)[:, None] * K + j[None, :],
+                b + offsets(at, there, of_row, K, B_BY, k)[:, None] + j[None, :],
                 mask=there[:, None] & (j < K)[None, :], other=0.0,
             )  # fmt: skip
-            sums = tl.dot(left.T, right, sums, input_precision=PRECISION)
+            sums = tl.dot(left, right, sums, input_precision=PRECISION)
         to = out + (e.to(tl.int64) * N + i)[:, None] * K + j[None, :]
         tl.store(to, sums.to(out.dtype.element_ty), mask=(i < N)[:, None] & (j < K)[None, :])
 
 
 @triton.jit
-def source_rows(r, there, of_row, BY: tl.constexpr):
-    """Where rows r come from: r itself for BY 0, else the token of their assignment among BY choices a token."""
+def offsets(at, there, of_row, width: tl.constexpr, BY: tl.constexpr, k: tl.constexpr):
+    """Where rows at .. at + k begin: in place for BY 0, else at the token of their assignment among BY choices a token."""
     if BY:
-        return (tl.load(of_row + r, mask=there, other=0) // BY).to(tl.int64)
+        return (tl.load(of_row + at + tl.arange(0, k), mask=there, other=0) // BY).to(tl.int64) * width
     else:
-        return r.to(tl.int64)
+        return at.to(tl.int64) * width + tl.arange(0, k) * width
 
 
 def programs(device: torch.device, tiles: int, warps: int) -> tuple[int]:
