@@ -21,7 +21,7 @@ from moe_engine.ops.tune import Tile, Tiles
 
 MATMUL = Tiles(
     hopper=(
-        Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 256, 64, 4, 4),
+        Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 256, 64, 4, 4),
         Tile(64, 128, 64, 4, 4), Tile(32, 128, 64, 4, 4),
     ),
     ampere=(
@@ -31,7 +31,7 @@ MATMUL = Tiles(
     single=(Tile(32, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
 )  # fmt: skip
 DW = Tiles(
-    hopper=(Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
+    hopper=(Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
     ampere=(Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 8, 4)),
     single=(Tile(64, 64, 16, 8, 3), Tile(32, 64, 16, 4, 3)),
 )
@@ -118,27 +118,27 @@ def dw_kernel(
         j = within // among * n + tl.arange(0, n)
         sums = tl.zeros((m, n), tl.float32)
         for at in range(row, end, k):
-            there = at + tl.arange(0, k) < end
+            r = at + tl.arange(0, k)
+            there = r < end
             left = tl.load(
-                a + offsets(at, there, of_row, N, A_BY, k)[None, :] + i[:, None],
+                a + offsets(r, there, of_row, N, A_BY)[None, :] + i[:, None],
                 mask=there[None, :] & (i < N)[:, None], other=0.0,
             )  # fmt: skip
             right = tl.load(
-                b + offsets(at, there, of_row, K, B_BY, k)[:, None] + j[None, :],
+                b + offsets(r, there, of_row, K, B_BY)[:, None] + j[None, :],
                 mask=there[:, None] & (j < K)[None, :], other=0.0,
             )  # fmt: skip
             sums = tl.dot(left, right, sums, input_precision=PRECISION)
-        to = out + (e.to(tl.int64) * N + i)[:, None] * K + j[None, :]
+        to = out + (tl.cast(e, tl.int64) * N + i)[:, None] * K + j[None, :]
         tl.store(to, sums.to(out.dtype.element_ty), mask=(i < N)[:, None] & (j < K)[None, :])
 
 
 @triton.jit
-def offsets(at, there, of_row, width: tl.constexpr, BY: tl.constexpr, k: tl.constexpr):
-    """Where rows at .. at + k begin: in place for BY 0, else at the token of their assignment among BY choices a token."""
+def offsets(r, there, of_row, width: tl.constexpr, BY: tl.constexpr):
+    """Where rows r begin: in place for BY 0, else at the token of their assignment among BY choices a token."""
     if BY:
-        return (tl.load(of_row + at + tl.arange(0, k), mask=there, other=0) // BY).to(tl.int64) * width
-    else:
-        return at.to(tl.int64) * width + tl.arange(0, k) * width
+        r = tl.load(of_row + r, mask=there, other=0) // BY
+    return r.to(tl.int64) * width
 
 
 def programs(device: torch.device, tiles: int, warps: int) -> tuple[int]:
