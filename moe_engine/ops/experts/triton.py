@@ -92,11 +92,17 @@ def up_kernel(
 
 
 @triton.jit
-def differentiate(da, s, h, dh, a, r, c, end, F):
-    """Some columns c of rows r: h and da give dh, s * a, and the row sums of da * a."""
+def hidden(h, r, c, end, F):
+    """Columns c of gate and up of rows r."""
+    inside, at = (r < end)[:, None] & (c < F)[None, :], h + r.to(tl.int64)[:, None] * 2 * F + c[None, :]
+    return tl.load(at, mask=inside, other=0.0), tl.load(at + F, mask=inside, other=0.0)
+
+
+@triton.jit
+def differentiate(da, s, gate, up, dh, a, r, c, end, F):
+    """Some columns c of rows r: gate, up and da give dh, s * a, and the row sums of da * a."""
     inside, to = (r < end)[:, None] & (c < F)[None, :], r.to(tl.int64)[:, None]
-    gate = tl.load(h + to * 2 * F + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(h + to * 2 * F + F + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     d = da * s
@@ -121,6 +127,7 @@ def down_kernel(
         there = r < end
         assignment = tl.load(of_row + r, mask=there, other=0)
         token, at_k = (assignment // BY).to(tl.int64)[:, None] * D, tl.arange(0, k)
+        gate, up = hidden(h, r, c, end, F)  # long before its use, and the others below one step before theirs
         da = tl.zeros((m, n), tl.float32)
         for step in range(tl.where(e < experts, tl.cdiv(D, k), 0)):
             d = step * k + at_k
@@ -131,10 +138,13 @@ def down_kernel(
         left, right = halves(da, m, n)
         first, second = halves(left, m, n // 2)
         third, fourth = halves(right, m, n // 2)
-        total = differentiate(first, s, h, dh, a, r, c, end, F)
-        total += differentiate(second, s, h, dh, a, r, c + n // 4, end, F)
-        total += differentiate(third, s, h, dh, a, r, c + n // 2, end, F)
-        total += differentiate(fourth, s, h, dh, a, r, c + 3 * (n // 4), end, F)
+        next_gate, next_up = hidden(h, r, c + n // 4, end, F)
+        total = differentiate(first, s, gate, up, dh, a, r, c, end, F)
+        gate, up = hidden(h, r, c + n // 2, end, F)
+        total += differentiate(second, s, next_gate, next_up, dh, a, r, c + n // 4, end, F)
+        next_gate, next_up = hidden(h, r, c + 3 * (n // 4), end, F)
+        total += differentiate(third, s, gate, up, dh, a, r, c + n // 2, end, F)
+        total += differentiate(fourth, s, next_gate, next_up, dh, a, r, c + 3 * (n // 4), end, F)
         tl.store(dweight + assignment.to(tl.int64) * n_tiles + n_tile, total, mask=there)
 
 
