@@ -66,6 +66,7 @@ def up_kernel(
         r, c = row + tl.arange(0, m), n_tile * n + tl.arange(0, n)
         there, inside = r < end, (r < end)[:, None] & (c < F)[None, :]
         assignment = tl.load(of_row + r, mask=there, other=0)
+        s = tl.load(weight + assignment, mask=there, other=0.0)[:, None]
         token, at_k = (assignment // BY).to(tl.int64)[:, None] * D, tl.arange(0, k)
         both = tl.arange(0, 2 * n)  # columns of gate, then of up
         column = n_tile * n + both % n
@@ -87,7 +88,6 @@ def up_kernel(
         if ACTIVATE:
             # from the rounded h, as backward will see it
             gate, up = gate.to(a.dtype.element_ty).to(tl.float32), up.to(a.dtype.element_ty).to(tl.float32)
-            s = tl.load(weight + assignment, mask=there, other=0.0)[:, None]
             tl.store(a + to * F + c[None, :], (s * gate * tl.sigmoid(gate) * up).to(a.dtype.element_ty), mask=inside)
 
 
@@ -126,6 +126,7 @@ def down_kernel(
         r, c = row + tl.arange(0, m), n_tile * n + tl.arange(0, n // 4)
         there = r < end
         assignment = tl.load(of_row + r, mask=there, other=0)
+        s = tl.load(weight + assignment, mask=there, other=0.0)[:, None]
         token, at_k = (assignment // BY).to(tl.int64)[:, None] * D, tl.arange(0, k)
         gate, up = hidden(h, r, c, end, F)  # long before its use, and the others below one step before theirs
         da = tl.zeros((m, n), tl.float32)
@@ -134,7 +135,6 @@ def down_kernel(
             left = tl.load(dy + token + d[None, :], mask=there[:, None] & (TMA | (d < D)[None, :]), other=0.0)
             right = block(w, e * D + step * k, n_tile * n, e * D + D, F, k, n, TMA)
             da = tl.dot(left, right, da, input_precision=PRECISION)
-        s = tl.load(weight + assignment, mask=there, other=0.0)[:, None]
         left, right = halves(da, m, n)
         first, second = halves(left, m, n // 2)
         third, fourth = halves(right, m, n // 2)
