@@ -31,19 +31,23 @@ from moe_engine.ops.tune import Tile, Tiles
 
 UP = Tiles(
     hopper=(
-        Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4),
-        Tile(32, 64, 64, 4, 4),
+        Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4, 2),
+        Tile(32, 64, 64, 4, 4, 2),
     ),
-    ampere=(Tile(128, 64, 64, 8, 3), Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 4, 3), Tile(32, 64, 64, 4, 3)),
-    single=(Tile(64, 32, 16, 8, 3), Tile(32, 32, 16, 4, 3)),
+    ampere=(
+        Tile(128, 64, 64, 8, 3), Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 4, 3, 2), Tile(32, 64, 64, 4, 3, 2),
+    ),
+    single=(Tile(64, 32, 16, 8, 3), Tile(32, 32, 16, 4, 3, 2)),
 )  # fmt: skip
 DOWN = Tiles(
     hopper=(
-        Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4),
-        Tile(32, 64, 64, 4, 4),
+        Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 4, 4, 2), Tile(64, 64, 64, 4, 4, 2),
+        Tile(32, 64, 64, 4, 4, 2),
     ),
-    ampere=(Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 4, 4), Tile(32, 64, 64, 4, 3)),
-    single=(Tile(64, 64, 16, 8, 3), Tile(32, 64, 32, 4, 3)),
+    ampere=(
+        Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 4, 4, 2), Tile(32, 64, 64, 4, 3, 2),
+    ),
+    single=(Tile(64, 64, 16, 8, 3), Tile(32, 64, 32, 4, 3, 2)),
 )  # fmt: skip
 
 
@@ -162,11 +166,11 @@ class Layer:
 
     def grid(self, tile: Tile) -> tuple[int]:
         tiles = (triton.cdiv(self.rows, tile.m) + self.experts) * triton.cdiv(self.F, tile.n)
-        return grouped.programs(self.x.device, tiles, tile.warps)
+        return grouped.programs(self.x.device, tiles, tile.programs)
 
     def up(self, w_gate_up: Tensor, keep: bool, activate: bool) -> tuple[Tensor, Tensor]:
         """h[R, 2F] if kept and a[R, F] if activated, else without rows."""
-        w = w_gate_up.contiguous().view(-1, self.F, self.D)
+        w = w_gate_up.contiguous().view(2 * self.experts, self.F, self.D)
         h = self.x.new_empty(self.rows if keep else 0, 2 * self.F)
         a = self.x.new_empty(self.rows if activate else 0, self.F)
 
