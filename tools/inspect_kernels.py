@@ -241,7 +241,8 @@ def main() -> int:
     parser.add_argument("--ops", nargs="*", choices=folders, default=[], help="names of op folders; all by default")
     parser.add_argument(
         "--sizes", type=int, nargs=5, metavar=("TOKENS", "D", "F", "EXPERTS", "K"), default=[512, 1024, 512, 256, 8],
-        help="sizes to compile for; Triton tells apart 1, multiples of 16, and the rest (default: 512 1024 512 256 8)",
+        help="sizes to compile for; all but dw_kernel tell apart 1, multiples of 16, and the rest "
+        "(default: 512 1024 512 256 8)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

@@ -44,10 +44,13 @@ class Tile(NamedTuple):
     programs: int = 1
     group: int = 8
 
-    def options(self, indexed: bool = False) -> dict[str, int | bool]:
+    def options(self, indexed: bool = False) -> dict[str, int | bool | None]:
         """Launch options of Triton. Where the loop loads the index of what it loads, each takes half of the stages."""
-        stages = 2 * self.stages - 1 if indexed else self.stages
-        return {"num_warps": self.warps, "num_stages": stages, **FUSED}
+        registers = 65_536 // (32 * self.warps * self.programs)  # of a thread; it can have 255
+        return {
+            "num_warps": self.warps, "num_stages": 2 * self.stages - 1 if indexed else self.stages,
+            "maxnreg": registers if registers < 255 else None, **FUSED,
+        }  # fmt: skip
 
 
 FUSED = {"enable_fp_fusion": True}  # said aloud: whether a * b + c is rounded once or twice is Triton's to change
