@@ -135,7 +135,7 @@ def launches(dtype: Any, tokens: int, d: int, f: int, e: int, k: int) -> Iterato
     yield "experts", lambda: experts.experts(*layer, False)
     yield "experts", lambda: experts.experts_backward(x, *layer, h, True, True)
     yield "experts", lambda: experts.experts_backward(x, *layer, h[:0], False, False)
-    alone = (h[:, :d], h.new_zeros(tokens * k, 1).float(), w_in, w_out, counts, of_row, of_row[:, None])
+    alone = (x.new_zeros(tokens * k, d), weight.view(-1, 1), w_in, w_out, counts, of_row, of_row[:, None])
     yield "experts", lambda: experts.experts_backward(alone[0], *alone, h, True, True)
     yield "experts", lambda: experts.experts(*alone, True)
     yield "grouped_mm", lambda: grouped.grouped_mm_dw(h, h, counts)
