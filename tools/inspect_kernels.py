@@ -3,15 +3,19 @@
 Every kernel of the ops, in every tile that could be chosen for it, is compiled for sm_80 and sm_90 by the launches that
 a training step would make, and its machine code is read. A row is one kernel in one tile:
 
+    tile            m x n x k, warps, stages, and programs that run on a processor at once
     regs, spills    registers of a thread, and stores of those that found no room
     shared          bytes of shared memory
     HGMMA HMMA      tensor-core instructions of Hopper (wgmma) and Ampere (mma.sync)
     TMA cp.async    loads that overlap with them: bulk by descriptor, 16 bytes by address
+    loop            instructions of the loop over products, those two among them
+    stalls          of these, what keeps the next product waiting: loads into registers, stores to shared memory,
+                    spills, and waits for the last product rather than the one before
 
-The exit code is 1 if a kernel spills outside the list of exceptions below, exceeds the shared memory of its
-architecture, or multiplies 16-bit matrices without tensor cores. Widths that are no multiple of 16 (--sizes) must
-compile and are not judged: their rows are loaded one number at a time, which is slow and spills. Compiled code lands in
-Triton's cache, so that a second run is quick. Occupancy, bandwidth and speed take a GPU: tools/bench_kernels.py.
+The exit code is 1 if a kernel spills, has more programs than there is room for, or multiplies 16-bit matrices without
+tensor cores or with stalls in the loop. Widths that are no multiple of 16 (--sizes) must compile and are not judged:
+their rows are loaded one number at a time, which is slow and spills. Compiled code lands in Triton's cache, so that a
+second run is quick. Bandwidth and speed take a GPU: tools/bench_kernels.py.
 """
 
 import argparse
@@ -29,13 +33,10 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SHARED_BYTES = {80: 166_912, 90: 232_448}  # of one block: 163 and 227 KiB
+SHARED_BYTES = {80: 167_936, 90: 233_472}  # of a processor: 164 and 228 KiB, of which each program takes 1 for itself
+REGISTERS = 65_536  # of a processor
 MATRIX_KERNELS = ("up_kernel", "down_kernel", "matmul_kernel", "dw_kernel", "router_logits_kernel")
-MAY_SPILL = {  # (arch, kernel, tile) -> stores: what the table of experts takes when there are 256, and none at 8
-    (80, "down_kernel", "128x128x32 w8 s3"): 4,
-    (90, "down_kernel", "64x128x64 w4 s4"): 4,
-    (90, "up_kernel", "128x128x64 w8 s3"): 2,
-}
+STALLS = r"\b(LDG|STS|LDL|STL)\b|WARPGROUP\.DEPBAR\.LE gsb0, 0x0"
 
 
 class Row(NamedTuple):
@@ -46,6 +47,8 @@ class Row(NamedTuple):
     flags: str
     dtype: str
     tile: str
+    programs: int
+    warps: int
     regs: int
     spills: int
     shared: int
@@ -53,16 +56,20 @@ class Row(NamedTuple):
     hmma: int
     tma: int
     cp_async: int
+    loop: int
+    stalls: int
 
     def problem(self) -> str | None:
-        if self.spills > MAY_SPILL.get((self.arch, self.kernel, self.tile), 0):
+        if self.spills:
             return f"{self.spills} spills"
-        if self.shared > SHARED_BYTES[self.arch]:
-            return f"{self.shared} bytes of shared memory, the limit is {SHARED_BYTES[self.arch]}"
+        if self.programs * (self.shared + 1024) > SHARED_BYTES[self.arch]:
+            return f"no room in shared memory: {SHARED_BYTES[self.arch]} bytes"
+        if self.programs * self.warps * 32 * (-(-self.regs // 8) * 8) > REGISTERS:
+            return "no room in registers"
         # m = 32 is below what wgmma takes (64 rows): such tiles multiply by mma.sync on Hopper too
         wanted = self.hgmma if self.arch >= 90 and not self.tile.startswith("32x") else self.hmma
-        if self.kernel in MATRIX_KERNELS and self.dtype != "float32" and not wanted:
-            return "no tensor-core instruction"
+        if self.kernel in MATRIX_KERNELS and self.dtype != "float32":
+            return "no tensor-core instruction" if not wanted else f"{self.stalls} stalls" if self.stalls else None
         return None
 
 
@@ -76,7 +83,7 @@ def compile_all(arch: int, dtype_name: str, names: list[str], sizes: list[int]) 
 
     triton.runtime.driver.set_active(offline_driver(arch))
     rows: list[Row] = []
-    tile_now: list[str] = [""]
+    tile_now: list[tune.Tile | None] = [None]
     compile_or_launch, seen = JITFunction.run, set[int]()
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -86,15 +93,17 @@ def compile_all(arch: int, dtype_name: str, names: list[str], sizes: list[int]) 
         seen.add(id(compiled))
         values = dict(zip(self.arg_names, args, strict=False))
         flags = " ".join(name.lower() for name, value in values.items() if value is True)
-        rows.append(Row(arch, self.__name__, flags, dtype_name, tile_now[0], *machine_code(compiled)))
+        tile = tile_now[0]
+        text, programs = ("{}x{}x{} w{} s{} p{}".format(*tile), tile.programs) if tile else ("", 1)
+        rows.append(Row(arch, self.__name__, flags, dtype_name, text, programs, *machine_code(compiled)))
         return compiled
 
     def every_tile(kernel: str, device: Any, dtype: Any, sizes: Any, rows_per_expert: Any, tiles: Any, run: Any) -> Any:
         candidates = tiles.single if dtype == torch.float32 else tiles.hopper if arch >= 90 else tiles.ampere
         for tile in candidates:
-            tile_now[0] = "{}x{}x{} w{} s{}".format(*tile)
+            tile_now[0] = tile
             run(tile)
-        tile_now[0] = ""
+        tile_now[0] = None
         return candidates[0]
 
     JITFunction.run, tune.choose = compile_only, every_tile
@@ -126,7 +135,7 @@ def launches(dtype: Any, tokens: int, d: int, f: int, e: int, k: int) -> Iterato
     yield "experts", lambda: experts.experts(*layer, False)
     yield "experts", lambda: experts.experts_backward(x, *layer, h, True, True)
     yield "experts", lambda: experts.experts_backward(x, *layer, h[:0], False, False)
-    alone = (h[:, :d], h.new_zeros(tokens * k, 1).float(), w_in, w_out, counts, of_row, of_row[:, None])
+    alone = (x.new_zeros(tokens * k, d), weight.view(-1, 1), w_in, w_out, counts, of_row, of_row[:, None])
     yield "experts", lambda: experts.experts_backward(alone[0], *alone, h, True, True)
     yield "experts", lambda: experts.experts(*alone, True)
     yield "grouped_mm", lambda: grouped.grouped_mm_dw(h, h, counts)
@@ -174,8 +183,8 @@ def offline_driver(arch: int) -> Any:
     return Offline()
 
 
-def machine_code(compiled: Any) -> tuple[int, int, int, int, int, int, int]:
-    """regs, spills, shared, hgmma, hmma, tma, cp_async of a compiled kernel, by the disassemblers in Triton's wheel."""
+def machine_code(compiled: Any) -> tuple[int, ...]:
+    """The numbers of a Row from warps on for a compiled kernel, by the disassemblers in Triton's wheel."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -190,7 +199,23 @@ def machine_code(compiled: Any) -> tuple[int, int, int, int, int, int, int]:
     assert found, usage
     codes = ("STL", "HGMMA", "HMMA", "UTMALDG", "LDGSTS")
     spills, *others = (len(re.findall(rf"\b{code}\b", sass)) for code in codes)
-    return int(found[1]), spills, compiled.metadata.shared, *others  # pyright: ignore[reportReturnType]
+    loop = loop_of_products(sass)
+    stalls = sum(re.search(STALLS, line) is not None for line in loop)
+    return compiled.metadata.num_warps, int(found[1]), spills, compiled.metadata.shared, *others, len(loop), stalls
+
+
+def loop_of_products(sass: str) -> list[str]:
+    """The instructions of the shortest loop with tensor-core instructions in it; none if there is no such loop."""
+    code, labels, loops = list[str](), dict[str, int](), list[list[str]]()
+    for label, instruction in re.findall(r"^(\.L_x_\d+):|^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.MULTILINE):
+        if label:
+            labels[label] = len(code)
+            continue
+        code.append(instruction)
+        back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
+        if back and back[1] in labels:
+            loops.append(code[labels[back[1]] :])
+    return min((loop for loop in loops if re.search(r"\bHG?MMA\b", " ".join(loop))), key=len, default=[])
 
 
 def in_own_process(arch: int, dtype: str, names: list[str], sizes: list[int]) -> list[Row]:
@@ -216,7 +241,8 @@ def main() -> int:
     parser.add_argument("--ops", nargs="*", choices=folders, default=[], help="names of op folders; all by default")
     parser.add_argument(
         "--sizes", type=int, nargs=5, metavar=("TOKENS", "D", "F", "EXPERTS", "K"), default=[512, 1024, 512, 256, 8],
-        help="sizes to compile for; Triton tells apart 1, multiples of 16, and the rest (default: 512 1024 512 256 8)",
+        help="sizes to compile for; all but dw_kernel tell apart 1, multiples of 16, and the rest "
+        "(default: 512 1024 512 256 8)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -230,11 +256,12 @@ def main() -> int:
         rows = [row for part in parts for row in part]
     judged = all(width % 16 == 0 for width in options.sizes[1:3])
     name = max(len(f"{row.kernel} {row.flags}") for row in rows)
-    print(f"{'':5} {'kernel':{name}} {'dtype':8} {'tile':17} regs spills shared HGMMA HMMA TMA cp.async")
+    print(f"{'':5} {'kernel':{name}} {'dtype':8} {'tile':20} regs spills shared HGMMA HMMA TMA cp.async loop stalls")
     for row in rows:
         print(
-            f"sm_{row.arch} {f'{row.kernel} {row.flags}':{name}} {row.dtype:8} {row.tile:17} {row.regs:4} "
-            f"{row.spills:6} {row.shared:6} {row.hgmma:5} {row.hmma:4} {row.tma:3} {row.cp_async:8}",
+            f"sm_{row.arch} {f'{row.kernel} {row.flags}':{name}} {row.dtype:8} {row.tile:20} {row.regs:4} "
+            f"{row.spills:6} {row.shared:6} {row.hgmma:5} {row.hmma:4} {row.tma:3} {row.cp_async:8} {row.loop:4} "
+            f"{row.stalls:6}",
             (judged and row.problem()) or "",
         )
     problems = sum(row.problem() is not None for row in rows) if judged else 0

@@ -33,22 +33,28 @@ from triton.runtime import driver
 
 
 class Tile(NamedTuple):
-    """m x n results of one program at a time, summed k at a time; `group` m tiles in a row share their n tile in L2."""
+    """m x n results of one program at a time, summed k at a time in as many `stages`. A processor has room for
+    `programs` of them; `group` m tiles in a row share their n tile in L2."""
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    programs: int = 1
     group: int = 8
 
-    def options(self, extra_stages: int = 0) -> dict[str, int | bool]:
-        """Launch options of Triton."""
-        return {"num_warps": self.warps, "num_stages": self.stages + extra_stages, **FUSED}
+    def options(self, indexed: bool = False) -> dict[str, int | bool | None]:
+        """Launch options of Triton. Where the loop loads the index of what it loads, each takes half of the stages."""
+        registers = 65_536 // (32 * self.warps * self.programs)  # of a thread; it can have 255
+        return {
+            "num_warps": self.warps, "num_stages": 2 * self.stages - 1 if indexed else self.stages,
+            "maxnreg": registers if registers < 255 else None, **FUSED,
+        }  # fmt: skip
 
 
 FUSED = {"enable_fp_fusion": True}  # said aloud: whether a * b + c is rounded once or twice is Triton's to change
-INTERPRETED = Tile(16, 32, 32, 4, 1, 2)  # small, so that small tests have several tiles in each direction
+INTERPRETED = Tile(16, 32, 32, 4, 1, group=2)  # small, so that small tests have several tiles in each direction
 
 
 class Tiles(NamedTuple):

@@ -31,20 +31,30 @@ from moe_engine.ops.tune import Tile, Tiles
 
 UP = Tiles(
     hopper=(
-        Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4),
-        Tile(32, 64, 64, 4, 4),
+        Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4, 2),
+        Tile(32, 64, 64, 4, 4, 2),
     ),
-    ampere=(Tile(128, 64, 64, 8, 3), Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 4, 3), Tile(32, 64, 64, 4, 3)),
-    single=(Tile(64, 32, 16, 8, 3), Tile(32, 32, 16, 4, 3)),
+    ampere=(
+        Tile(128, 64, 64, 8, 3), Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 4, 3, 2), Tile(32, 64, 64, 4, 3, 2),
+    ),
+    single=(Tile(64, 32, 16, 8, 3), Tile(32, 32, 16, 4, 3, 2)),
 )  # fmt: skip
 DOWN = Tiles(
     hopper=(
-        Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4),
-        Tile(32, 64, 64, 4, 4),
+        Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4, 2), Tile(64, 128, 64, 4, 4, 2), Tile(64, 64, 64, 4, 4, 2),
+        Tile(32, 64, 64, 4, 4, 2),
     ),
-    ampere=(Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 4, 4), Tile(32, 64, 64, 4, 3)),
-    single=(Tile(64, 64, 16, 8, 3), Tile(32, 64, 32, 4, 3)),
+    ampere=(
+        Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 32, 4, 4, 2), Tile(32, 64, 64, 4, 3, 2),
+    ),
+    single=(Tile(64, 64, 16, 8, 3), Tile(32, 64, 32, 4, 3, 2)),
 )  # fmt: skip
+
+
+@triton.jit
+def halves(x, m: tl.constexpr, n: tl.constexpr):
+    """x[m, n] -> its left and right half."""
+    return tl.split(tl.permute(tl.reshape(x, (m, 2, n // 2)), (0, 2, 1)))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -60,15 +70,21 @@ def up_kernel(
         r, c = row + tl.arange(0, m), n_tile * n + tl.arange(0, n)
         there, inside = r < end, (r < end)[:, None] & (c < F)[None, :]
         assignment = tl.load(of_row + r, mask=there, other=0)
+        s = tl.load(weight + assignment, mask=there, other=0.0)[:, None]
         token, at_k = (assignment // BY).to(tl.int64)[:, None] * D, tl.arange(0, k)
-        gate, up = tl.zeros((m, n), tl.float32), tl.zeros((m, n), tl.float32)
+        both = tl.arange(0, 2 * n)  # columns of gate, then of up
+        column = n_tile * n + both % n
+        of_w = (e * 2 * F + both // n * F + column).to(tl.int64)[:, None] * D
+        sums = tl.zeros((m, 2 * n), tl.float32)
         for step in range(tl.where(e < experts, tl.cdiv(D, k), 0)):
             d = step * k + at_k
             left = tl.load(x + token + d[None, :], mask=there[:, None] & (TMA | (d < D)[None, :]), other=0.0)
-            right = block(w, e * 2 * F + n_tile * n, step * k, experts * 2 * F, D, n, k, TMA)
-            gate = tl.dot(left, right.T, gate, input_precision=PRECISION)
-            right = block(w, e * 2 * F + F + n_tile * n, step * k, experts * 2 * F, D, n, k, TMA)
-            up = tl.dot(left, right.T, up, input_precision=PRECISION)
+            if TMA:
+                right = w.load([2 * e, n_tile * n, step * k]).reshape(2 * n, k)
+            else:
+                right = tl.load(w + of_w + d[None, :], mask=(column < F)[:, None] & (d < D)[None, :], other=0.0)
+            sums = tl.dot(left, right.T, sums, input_precision=PRECISION)
+        gate, up = halves(sums, m, 2 * n)
         to = r.to(tl.int64)[:, None]
         if KEEP:
             tl.store(h + to * 2 * F + c[None, :], gate.to(h.dtype.element_ty), mask=inside)
@@ -76,22 +92,21 @@ def up_kernel(
         if ACTIVATE:
             # from the rounded h, as backward will see it
             gate, up = gate.to(a.dtype.element_ty).to(tl.float32), up.to(a.dtype.element_ty).to(tl.float32)
-            s = tl.load(weight + assignment, mask=there, other=0.0)[:, None]
             tl.store(a + to * F + c[None, :], (s * gate * tl.sigmoid(gate) * up).to(a.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def halves(x, m: tl.constexpr, n: tl.constexpr):
-    """x[m, n] -> its left and right half."""
-    return tl.split(tl.permute(tl.reshape(x, (m, 2, n // 2)), (0, 2, 1)))
+def hidden(h, r, c, end, F):
+    """Columns c of gate and up of rows r."""
+    inside, at = (r < end)[:, None] & (c < F)[None, :], h + r.to(tl.int64)[:, None] * 2 * F + c[None, :]
+    return tl.load(at, mask=inside, other=0.0), tl.load(at + F, mask=inside, other=0.0)
 
 
 @triton.jit
-def differentiate(da, s, h, dh, a, r, c, end, F):
-    """Some columns c of rows r: h and da give dh, s * a, and the row sums of da * a."""
+def differentiate(da, s, gate, up, dh, a, r, c, end, F):
+    """Some columns c of rows r: gate, up and da give dh, s * a, and the row sums of da * a."""
     inside, to = (r < end)[:, None] & (c < F)[None, :], r.to(tl.int64)[:, None]
-    gate = tl.load(h + to * 2 * F + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(h + to * 2 * F + F + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     d = da * s
@@ -115,21 +130,25 @@ def down_kernel(
         r, c = row + tl.arange(0, m), n_tile * n + tl.arange(0, n // 4)
         there = r < end
         assignment = tl.load(of_row + r, mask=there, other=0)
+        s = tl.load(weight + assignment, mask=there, other=0.0)[:, None]
         token, at_k = (assignment // BY).to(tl.int64)[:, None] * D, tl.arange(0, k)
+        gate, up = hidden(h, r, c, end, F)  # long before its use, and the others below one step before theirs
         da = tl.zeros((m, n), tl.float32)
         for step in range(tl.where(e < experts, tl.cdiv(D, k), 0)):
             d = step * k + at_k
             left = tl.load(dy + token + d[None, :], mask=there[:, None] & (TMA | (d < D)[None, :]), other=0.0)
             right = block(w, e * D + step * k, n_tile * n, e * D + D, F, k, n, TMA)
             da = tl.dot(left, right, da, input_precision=PRECISION)
-        s = tl.load(weight + assignment, mask=there, other=0.0)[:, None]
         left, right = halves(da, m, n)
         first, second = halves(left, m, n // 2)
         third, fourth = halves(right, m, n // 2)
-        total = differentiate(first, s, h, dh, a, r, c, end, F)
-        total += differentiate(second, s, h, dh, a, r, c + n // 4, end, F)
-        total += differentiate(third, s, h, dh, a, r, c + n // 2, end, F)
-        total += differentiate(fourth, s, h, dh, a, r, c + 3 * (n // 4), end, F)
+        next_gate, next_up = hidden(h, r, c + n // 4, end, F)
+        total = differentiate(first, s, gate, up, dh, a, r, c, end, F)
+        gate, up = hidden(h, r, c + n // 2, end, F)
+        total += differentiate(second, s, next_gate, next_up, dh, a, r, c + n // 4, end, F)
+        next_gate, next_up = hidden(h, r, c + 3 * (n // 4), end, F)
+        total += differentiate(third, s, gate, up, dh, a, r, c + n // 2, end, F)
+        total += differentiate(fourth, s, next_gate, next_up, dh, a, r, c + 3 * (n // 4), end, F)
         tl.store(dweight + assignment.to(tl.int64) * n_tiles + n_tile, total, mask=there)
 
 
@@ -147,18 +166,18 @@ class Layer:
 
     def grid(self, tile: Tile) -> tuple[int]:
         tiles = (triton.cdiv(self.rows, tile.m) + self.experts) * triton.cdiv(self.F, tile.n)
-        return grouped.programs(self.x.device, tiles, tile.warps)
+        return grouped.programs(self.x.device, tiles, tile.programs)
 
     def up(self, w_gate_up: Tensor, keep: bool, activate: bool) -> tuple[Tensor, Tensor]:
         """h[R, 2F] if kept and a[R, F] if activated, else without rows."""
-        w = w_gate_up.contiguous().view(-1, self.D)
+        w = w_gate_up.contiguous().view(2 * self.experts, self.F, self.D)
         h = self.x.new_empty(self.rows if keep else 0, 2 * self.F)
         a = self.x.new_empty(self.rows if activate else 0, self.F)
 
         def run(tile: Tile) -> None:
             tma = self.D % tile.k == 0 and grouped.descriptors_can(w)
             up_kernel[self.grid(tile)](
-                self.x, self.weight, TensorDescriptor.from_tensor(w, [tile.n, tile.k]) if tma else w, h, a,
+                self.x, self.weight, TensorDescriptor.from_tensor(w, [2, tile.n, tile.k]) if tma else w, h, a,
                 self.counts, self.of_row, self.rows, self.experts, self.D, self.F, keep, activate, self.by, tma,
                 grouped.padded(self.experts), tune.precision(w.dtype), *tile[:3], tile.group,
                 **tile.options(),

@@ -21,20 +21,22 @@ from moe_engine.ops.tune import Tile, Tiles
 
 MATMUL = Tiles(
     hopper=(
-        Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 256, 64, 4, 4),
-        Tile(64, 128, 64, 4, 4), Tile(32, 128, 64, 4, 4),
+        Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3, 2), Tile(64, 256, 64, 4, 4),
+        Tile(64, 128, 64, 4, 4, 2), Tile(32, 128, 64, 4, 4, 2),
     ),
     ampere=(
-        Tile(128, 256, 32, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 4, 4), Tile(64, 128, 32, 4, 4),
-        Tile(32, 128, 64, 4, 3),
+        Tile(128, 256, 32, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 4, 4, 2), Tile(64, 128, 32, 4, 4, 2),
+        Tile(32, 128, 64, 4, 3, 2),
     ),
-    single=(Tile(32, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
+    single=(Tile(32, 64, 32, 4, 3, 2), Tile(32, 32, 32, 4, 3, 2)),
 )  # fmt: skip
 DW = Tiles(
-    hopper=(Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
-    ampere=(Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 8, 4)),
-    single=(Tile(64, 64, 16, 8, 3), Tile(32, 64, 16, 4, 3)),
-)
+    hopper=(
+        Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3, 2), Tile(64, 128, 64, 4, 4, 2),
+    ),
+    ampere=(Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 8, 4, 2)),
+    single=(Tile(64, 64, 16, 8, 3), Tile(32, 64, 16, 4, 3, 2)),
+)  # fmt: skip
 
 
 @triton.jit
@@ -101,7 +103,7 @@ def matmul_kernel(
 
 @triton.jit
 def dw_kernel(
-    a, b, out, counts, of_row, experts, N, K,
+    a, b, out, counts, of_row, experts, N: tl.constexpr, K: tl.constexpr,
     A_BY: tl.constexpr, B_BY: tl.constexpr, E_PAD: tl.constexpr, PRECISION: tl.constexpr,
     m: tl.constexpr, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr,
 ):  # fmt: skip
@@ -121,31 +123,30 @@ def dw_kernel(
             r = at + tl.arange(0, k)
             there = r < end
             left = tl.load(
-                a + source_rows(r, there, of_row, A_BY)[:, None] * N + i[None, :],
-                mask=there[:, None] & (i < N)[None, :], other=0.0,
+                a + offsets(r, there, of_row, N, A_BY)[None, :] + i[:, None],
+                mask=there[None, :] & (i < N)[:, None], other=0.0,
             )  # fmt: skip
             right = tl.load(
-                b + source_rows(r, there, of_row, B_BY)[:, None] * K + j[None, :],
+                b + offsets(r, there, of_row, K, B_BY)[:, None] + j[None, :],
                 mask=there[:, None] & (j < K)[None, :], other=0.0,
             )  # fmt: skip
-            sums = tl.dot(left.T, right, sums, input_precision=PRECISION)
-        to = out + (e.to(tl.int64) * N + i)[:, None] * K + j[None, :]
+            sums = tl.dot(left, right, sums, input_precision=PRECISION)
+        to = out + (tl.cast(e, tl.int64) * N + i)[:, None] * K + j[None, :]
         tl.store(to, sums.to(out.dtype.element_ty), mask=(i < N)[:, None] & (j < K)[None, :])
 
 
 @triton.jit
-def source_rows(r, there, of_row, BY: tl.constexpr):
-    """Where rows r come from: r itself for BY 0, else the token of their assignment among BY choices a token."""
+def offsets(r, there, of_row, width: tl.constexpr, BY: tl.constexpr):
+    """Where rows r begin: in place for BY 0, else at the token of their assignment among BY choices a token."""
     if BY:
-        return (tl.load(of_row + r, mask=there, other=0) // BY).to(tl.int64)
-    else:
-        return r.to(tl.int64)
+        r = tl.load(of_row + r, mask=there, other=0) // BY
+    return r.to(tl.int64) * width
 
 
-def programs(device: torch.device, tiles: int, warps: int) -> tuple[int]:
-    """The grid of a persistent kernel that has at most `tiles` tiles to work on: one or two programs a processor."""
+def programs(device: torch.device, tiles: int, each: int) -> tuple[int]:
+    """The grid of a persistent kernel that has at most `tiles` tiles to work on, `each` programs a processor."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return (max(1, min(tiles, processors * (2 if warps == 4 else 1))),)
+    return (max(1, min(tiles, processors * each)),)
 
 
 def descriptors_can(*operands: Tensor) -> bool:
@@ -174,7 +175,7 @@ def matmul(a: Tensor, b: Tensor, counts: Tensor, transposed: bool, of_row: Tenso
             left = TensorDescriptor.from_tensor(left, [tile.m, tile.k])
             right = TensorDescriptor.from_tensor(right, [tile.n, tile.k] if transposed else [tile.k, tile.n])
         tiles = (triton.cdiv(rows, tile.m) + experts) * triton.cdiv(N, tile.n)
-        matmul_kernel[programs(a.device, tiles, tile.warps)](
+        matmul_kernel[programs(a.device, tiles, tile.programs)](
             left, right, out, counts, counts if of_row is None else of_row, rows, experts, N, K, transposed,
             of_row is not None, tma, padded(experts), tune.precision(a.dtype),
             *tile[:3], tile.group, **tile.options(),
@@ -187,18 +188,16 @@ def matmul(a: Tensor, b: Tensor, counts: Tensor, transposed: bool, of_row: Tenso
 
 
 def dw(a: Tensor, b: Tensor, counts: Tensor, of_row: Tensor, a_by: int = 0, b_by: int = 0) -> Tensor:
-    """out[E, N, K] = a[rows of e].T @ b[rows of e]. With a_by = k, row r of a is a[of_row[r] // k]; b_by likewise.
-
-    Two stages of the pipeline go to loading of_row where it is read."""
+    """out[E, N, K] = a[rows of e].T @ b[rows of e]. With a_by = k, row r of a is a[of_row[r] // k]; b_by likewise."""
     a, b, counts, of_row = a.contiguous(), b.contiguous(), counts.contiguous(), of_row.contiguous()
     N, K, experts = a.shape[1], b.shape[1], counts.shape[0]
     out = a.new_empty(experts, N, K)
 
     def run(tile: Tile) -> None:
         tiles = experts * triton.cdiv(N, tile.m) * triton.cdiv(K, tile.n)
-        dw_kernel[programs(a.device, tiles, tile.warps)](
+        dw_kernel[programs(a.device, tiles, tile.programs)](
             a, b, out, counts, of_row, experts, N, K, a_by, b_by, padded(experts), tune.precision(a.dtype),
-            *tile[:3], tile.group, **tile.options(extra_stages=2 if a_by or b_by else 0),
+            *tile[:3], tile.group, **tile.options(indexed=bool(a_by or b_by)),
         )  # fmt: skip
 
     if N and K:
