@@ -167,6 +167,26 @@ def test_values_and_gradients_after_launches_that_measure(end: str, monkeypatch:
     assert "experts_down" in chosen
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU goes through its own tiles in the cases above")
+@pytest.mark.parametrize("kind", tune.Tiles._fields)
+def test_values_and_gradients_in_every_tile(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate of every kernel, for whatever GPU: other blocks are masked, and cut by descriptors."""
+    (case,) = [case for case in MODULES["experts"].CASES if case.name.endswith("T40 D64 F48 E8 k2 one")]
+    left: dict[str, list[tune.Tile]] = {}
+
+    def choose(kernel: str, device: Any, dtype: Any, sizes: Any, rows: Any, tiles: tune.Tiles, run: Any) -> tune.Tile:
+        waiting = left.setdefault(kernel, list(getattr(tiles, kind)))
+        return waiting.pop() if waiting else getattr(tiles, kind)[0]
+
+    monkeypatch.setattr(tune, "choose", choose)
+    args = case.inputs(torch.float32)
+    truth = run(case, in_fp64(args), "reference")
+    while not left or any(left.values()):
+        for one, other in zip(run(case, args, "triton"), truth, strict=True):
+            assert_close(one, other, MODULES["experts"].TOLERANCE[torch.float32])
+    assert left.keys() == {"experts_up", "experts_down", "grouped_mm", "grouped_mm_dx", "grouped_mm_dw"}
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("folder", "case"), CASES, ids=lambda value: getattr(value, "name", value))
