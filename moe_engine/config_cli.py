@@ -226,6 +226,9 @@ class Sources:
         except ConfigError as error:
             self.problems += problem_lines(error)
             return
+        if content and content.keys() <= {*KEYS["model"]}:
+            self.problems.append(f"{path}: holds the keys of a model: give it to --model")
+            return
         for section, keys in content.items():
             if section == "model" and isinstance(keys, str):
                 keys = {"preset": keys}

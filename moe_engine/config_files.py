@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from moe_engine.config import Model
 from moe_engine.config_hf import model_from_hf
 from moe_engine.config_report import nearest, problem_lines, refuse, shown
 from moe_engine.errors import ConfigError
@@ -148,11 +149,16 @@ def read_model(name: str) -> dict[str, Any]:
         hint = f" (did you mean {guess}?)" if guess else ""
         raise ConfigError(
             f"model: {shown(name)} is neither a preset{hint} nor a file: "
-            f"presets are {', '.join(names) or 'missing from ' + str(PRESETS)}"
+            f"presets are {', '.join(names) or 'missing from ' + str(PRESETS)}; nothing is downloaded"
         )
     if path.suffix != ".json":
         return read_mapping(path)
+    return model_in(path, read_mapping(path)).model_dump(exclude_unset=True)
+
+
+def model_in(path: Path, config: dict[str, Any]) -> Model:
+    """model_from_hf, with the path of the config.json before each problem."""
     try:
-        return model_from_hf(read_mapping(path)).model_dump(exclude_unset=True)
+        return model_from_hf(config)
     except ConfigError as error:
         refuse(f"{path}: {line}" for line in problem_lines(error))

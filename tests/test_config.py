@@ -225,6 +225,12 @@ def test_settings_without_effect_are_warned_about(argv: list[str], key: str) -> 
     assert any(line.startswith(key) for line in warnings), warnings
 
 
+def test_a_model_is_no_run(tmp_path: Path) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text("vocab_size: 264\nhidden_size: 64\n")
+    assert problems_of("--config", str(config), world=1) == f"{config}: holds the keys of a model: give it to --model"
+
+
 def test_all_problems_arrive_in_one_report(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("trian: {steps: 3}\noptimizer: {lr: fast}\nparallel: [1]\ntrain:\n  seed: -1\n  steps: 3\n")

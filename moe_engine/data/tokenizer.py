@@ -70,7 +70,7 @@ def load_tokenizer(spec: str | None) -> Tokenizer:
     if path.is_dir():
         return _from_folder(spec, path)
     if not path.is_file():
-        raise ConfigError(f"tokenizer {spec}: no such file or folder; expected {KINDS}")
+        raise ConfigError(f"tokenizer {spec}: no such file or folder, and nothing is downloaded; expected {KINDS}")
     return _from_file(spec, path, _read(spec, path))
 
 

@@ -22,8 +22,8 @@ from moe_engine.checkpoint.pieces import Piece, volume
 from moe_engine.checkpoint.shard import MAX_HEADER, SUFFIX, TORCH_OF, Entry
 from moe_engine.checkpoint.source import Source, Stored
 from moe_engine.config import Model
-from moe_engine.config_files import read_mapping
-from moe_engine.config_hf import family_in, model_from_hf
+from moe_engine.config_files import model_in, read_mapping
+from moe_engine.config_hf import family_in
 from moe_engine.config_report import BULLET, shown
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import size_in
@@ -45,7 +45,7 @@ class HfFolder(Source):
 
     def __init__(self, folder: Path, keep_open: int = 1):
         self.config = read_config(folder)
-        self.model: Model = model_from_hf(self.config)
+        self.model: Model = model_in(folder / CONFIG, self.config)
         self.family = family_in(self.config)
         self.files = files_of(folder)
         self.entries: dict[str, Entry] = {}
