@@ -166,7 +166,10 @@ def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_missing_tokenizer_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"missing: no such file or folder, and nothing is downloaded; expected bytes \| SentencePiece"):
+    with pytest.raises(
+        ConfigError,
+        match=r"missing: no such file or folder, and nothing is downloaded; expected bytes \| SentencePiece",
+    ):
         load_tokenizer(str(tmp_path / "missing"))
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"holds tokenizer_config.json; expected tokenizer.json"):

@@ -137,7 +137,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "top_k": (lambda f: config(f, num_experts_per_tok=5), 78, "num_experts_per_tok 5 is more than"),
     "experts": (lambda f: config(f, num_local_experts=6), 65, "lacks .*experts.4.w1"),
     "no config": (lambda f: (f / "config.json").unlink(), 78, "no config.json"),
-    "other family": (lambda f: config(f, model_type="gpt_oss"), 78, "config.json: model_type: found 'gpt_oss', expected llama"),
+    "other family": (
+        lambda f: config(f, model_type="gpt_oss"),
+        78,
+        "config.json: model_type: found 'gpt_oss', expected llama",
+    ),
     "window": (lambda f: config(f, sliding_window=4096), 78, "sliding_window"),
     "bias": (lambda f: config(f, attention_bias=True), 78, "attention_bias"),
     "index": (lambda f: (f / INDEX).write_text("[1]"), 65, "no index of safetensors files"),
