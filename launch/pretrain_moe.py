@@ -78,19 +78,18 @@ def on_lines(error: EngineError) -> str:
 
 def pretrain(loaded: Loaded, rank: int) -> None:
     """The run itself: folders and data by rank 0, then every rank trains."""
-    from moe_engine.checkpoint.folders import steps_in
     from moe_engine.host.lock import lock
     from moe_engine.plan.dry_run import batch_lines, parameter_lines
-    from moe_engine.plan.start import weight_lines
+    from moe_engine.plan.start import checkpoint_of, weight_warnings
 
     run = loaded.run
     out = Path(run.train.out)
-    held = None
+    held, warnings = None, list(loaded.warnings)
     if rank == 0:
         make_writable(out)
         held = lock(out)
-        if not steps_in(out / "checkpoints"):
-            weight_lines(run)  # those of another model are refused before one is built
+        if checkpoint_of(run) is None:
+            warnings += weight_warnings(run)  # weights of another model are refused before one is built
         if run.train.export_hf:
             from moe_engine.checkpoint.hf.export import check_exportable
 
@@ -99,7 +98,7 @@ def pretrain(loaded: Loaded, rank: int) -> None:
     log = Logger(out, rank == 0, run.train.steps, log_every=run.train.log_every)
     with log:
         log.info(*loaded.derived, *batch_lines(run), *parameter_lines(run))
-        log.warn(*loaded.warnings)
+        log.warn(*warnings)
         if rank == 0 and held is None:
             log.warn(f"the file system of --out {out} has no locks: see to it that no other run writes there")
         store, world = meet()
@@ -141,7 +140,7 @@ def train(run: Run, rank: int, world: int, store: Any, log: Logger, beat: Callab
     requests = Requests().listen()  # until here a signal ends a rank at once: it waits for others, and has done nothing
     from moe_engine.data.corpus import open_corpus
     from moe_engine.parallel.collectives import barrier
-    from moe_engine.prepare.default import prepare_default_corpus
+    from moe_engine.prepare.default import NAME, prepare_default_corpus
     from moe_engine.train.loop import build, fit
 
     if not run.data.domains:
@@ -150,7 +149,7 @@ def train(run: Run, rank: int, world: int, store: Any, log: Logger, beat: Callab
             prepare_default_corpus(folder, run)
         barrier(mesh.world)
         run = run.model_copy(
-            update={"data": run.data.model_copy(update={"domains": (Domain(name="stdlib", path=str(folder)),)})}
+            update={"data": run.data.model_copy(update={"domains": (Domain(name=NAME, path=str(folder)),)})}
         )
     fit(build(run, mesh, device, *open_corpus(run), log, requests, beat))
 

@@ -66,7 +66,10 @@ class Loaded(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are ConfigErrors."""
+    """ArgumentParser whose errors are ConfigErrors, and whose flags are written out."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (--help lists the flags)")
@@ -77,7 +80,6 @@ def build_parser(prog: str | None = None, description: str | None = None) -> Par
     parser = Parser(
         prog=prog,
         description=description,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="sections and keys for --config and --set:\n"

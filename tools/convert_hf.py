@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     """The three commands."""
     from moe_engine.config_cli import Parser
 
-    top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(required=True, metavar="import|export|verify")
     read = commands.add_parser("import", help="folder -> checkpoint")
     read.add_argument("--hf", type=Path, required=True, metavar="DIR", help="config.json and safetensors files")

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     from moe_engine.errors import EngineError
     from moe_engine.log import printable
 
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="FOLDER", help="a run, or one or two checkpoints")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
     parser.add_argument("--values", action="store_true", help="of two checkpoints, compare the weights' values too")

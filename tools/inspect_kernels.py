@@ -68,9 +68,11 @@ class Row(NamedTuple):
             return "no room in registers"
         # m = 32 is below what wgmma takes (64 rows): such tiles multiply by mma.sync on Hopper too
         wanted = self.hgmma if self.arch >= 90 and not self.tile.startswith("32x") else self.hmma
-        if self.kernel in MATRIX_KERNELS and self.dtype != "float32":
-            return "no tensor-core instruction" if not wanted else f"{self.stalls} stalls" if self.stalls else None
-        return None
+        if self.kernel not in MATRIX_KERNELS or self.dtype == "float32":
+            return None
+        if not wanted or not self.loop:
+            return "no tensor-core instruction" if not wanted else "no loop over products"
+        return f"{self.stalls} stalls" if self.stalls else None
 
 
 def compile_all(arch: int, dtype_name: str, names: list[str], sizes: list[int]) -> list[Row]:

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     from moe_engine.errors import EngineError
     from moe_engine.log import printable
 
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     try:
         options = parser.parse_args(arguments)

@@ -22,7 +22,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         description="Turn .txt .md .py .jsonl .json .parquet files (also .gz) and folders into token shards.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     what = parser.add_argument_group("what to read")
     what.add_argument(

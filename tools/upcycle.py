@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     from moe_engine.config_cli import Parser
 
-    out = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    out = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--hf", type=Path, required=True, metavar="DIR", help="the dense parent")
     out.add_argument("--method", required=True, metavar="NAME")
     out.add_argument("--out", type=Path, required=True, metavar="PATH", help="what to write")

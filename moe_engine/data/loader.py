@@ -10,7 +10,7 @@ s*G + (a*data_size + r)*micro_batch + j. So the layout cuts the sequence and nev
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,13 +146,7 @@ class Loader:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continues after the step that `state` was taken at; ConfigError or DataError if that cannot be exact."""
         here = self.state()
-        for key in ("seed", "seq_length", "domains"):
-            if state[key] != here[key]:
-                name = "data.domains" if key == "domains" else f"train.{key}"
-                raise ConfigError(
-                    f"{name}: found {here[key]}, and {state[key]} in the checkpoint; resume with the same, or give "
-                    "--init-from CHECKPOINT with another --out"
-                )
+        check_order(state, here)
         for name, was, now in zip(self.domains, state["datasets"], here["datasets"]):
             if was != now:
                 raise DataError(
@@ -175,6 +169,17 @@ class Loader:
                     f"{self.global_batch} sequences takes {needed} of them; give it more text, or lower "
                     "--global-batch, --seq-length or its weight"
                 )
+
+
+def check_order(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """ConfigError when the samples would come in another order than a checkpoint's: of two states of loaders."""
+    for key in ("seed", "seq_length", "domains"):
+        if saved[key] != here[key]:
+            name = "data.domains" if key == "domains" else f"train.{key}"
+            raise ConfigError(
+                f"{name}: found {here[key]}, and {saved[key]} in the checkpoint; resume with the same, or give "
+                "--init-from CHECKPOINT with another --out"
+            )
 
 
 def _batch(windows: Sequence[Window], domains: Sequence[int], seq_length: int, document_mask: bool) -> Batch:

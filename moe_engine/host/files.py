@@ -1,5 +1,7 @@
-"""Which files may be read when a manifest names them: its neighbours, and nothing that only has a file's name."""
+"""Which files may be read when a manifest names them: its neighbours, and nothing that only has a file's name. And
+where files can be written."""
 
+import os
 import stat
 from pathlib import Path
 
@@ -12,3 +14,10 @@ def size_in(folder: Path, path: Path) -> int | None:
     except (OSError, ValueError):  # of a name that is too long, or holds NUL
         return None
     return status.st_size if status and stat.S_ISREG(status.st_mode) else None
+
+
+def obstacle(folder: Path) -> Path | None:
+    """What is in the way of writing to a folder, be it there or not: the nearest path above it that exists, if that is
+    no folder or lets nothing be written. None if nothing is."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else there

@@ -33,8 +33,8 @@ from triton.runtime import driver
 
 
 class Tile(NamedTuple):
-    """m x n results of one program at a time, summed k at a time in as many `stages`. A processor has room for
-    `programs` of them; `group` m tiles in a row share their n tile in L2."""
+    """m x n results of one program at a time (twice n in `up`: gate and up), summed k at a time in as many `stages`. A
+    processor of sm_80 or sm_90 has room for `programs` of them; `group` m tiles in a row share their n tile in L2."""
 
     m: int
     n: int
@@ -120,7 +120,8 @@ def _path(
 def _read(path: Path) -> Tile | None:
     """What the file says; None if there is none or it is damaged."""
     try:
-        return Tile(**json.loads(path.read_text()))
+        tile = Tile(**json.loads(path.read_text()))
+        return tile if min(tile) > 0 else None
     except (OSError, ValueError, TypeError):
         return None
 

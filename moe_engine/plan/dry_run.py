@@ -11,11 +11,12 @@ from typing import Any
 from moe_engine.config import Run
 from moe_engine.config_cli import Loaded
 from moe_engine.data.corpus import open_corpus
-from moe_engine.data.loader import Loader
+from moe_engine.data.loader import Loader, check_order
 from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import DataError
 from moe_engine.model.flops import step_flops_per_token
 from moe_engine.plan.start import checkpoint_of, start_lines
+from moe_engine.prepare import default
 from moe_engine.sizes import heads_per_attention_expert, parameter_counts, rank_parameters
 
 
@@ -24,7 +25,7 @@ def describe(loaded: Loaded) -> list[str]:
     run = loaded.run
     first = [*loaded.derived, *(f"warning: {warning}" for warning in loaded.warnings)]
     checkpoint = checkpoint_of(run)
-    state = checkpoint[1]["data"] if checkpoint and run.data.domains else None
+    state = checkpoint[1]["data"] if checkpoint else None
     start, corpus = start_lines(run, checkpoint), corpus_lines(run, state)
     parts = (first, start, batch_lines(run), corpus, parameter_lines(run), shape_lines(run))
     return [line for part in parts for line in (*part, "")] + ["ok"]
@@ -37,7 +38,7 @@ def batch_lines(run: Run) -> list[str]:
     total = tokens * train.steps
     flops = tokens * step_flops_per_token(run.model, train.seq_length)
     return [
-        f"layout      {run.world_size} ranks = dp {parallel.dp} x ep {parallel.ep} x tp {parallel.tp}, "
+        f"layout      dp {parallel.dp} x ep {parallel.ep} x tp {parallel.tp}, world size {run.world_size}, "
         f"ZeRO {parallel.zero}, {train.precision}",
         f"batch       {train.global_batch} sequences = micro_batch {train.micro_batch} "
         f"x accumulation {train.accumulation} x {run.data_ranks} data ranks",
@@ -59,6 +60,8 @@ def corpus_lines(run: Run, state: dict[str, Any] | None) -> list[str]:
                 f"{tokenizer.vocab_size} ids ({tokenizer.spec}); set model.vocab_size >= {tokenizer.vocab_size} or "
                 "give --data"
             )
+        if state:
+            check_order(state, run.train.model_dump() | {"domains": [default.NAME]})
         made = f"(tokenizer {tokenizer.spec}; prepared when the run starts)"
         return [f"data        the Python standard library's own sources {made}"]
     train, held_out = open_corpus(run)

@@ -4,7 +4,6 @@ Nothing is written, and no tensor is read: headers and manifests say enough. The
 the run starts.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,19 @@ from moe_engine.checkpoint.manifest import read_manifest
 from moe_engine.checkpoint.reader import check_present, check_resume
 from moe_engine.config import Run
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.host.files import obstacle
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def start_lines(run: Run, checkpoint: tuple[Path, dict[str, Any]] | None) -> list[str]:
     """Start and end of a run, with its warnings. Raises ConfigError or DataError where the run itself would."""
-    check_folder(Path(run.train.out))
-    lines = resume_lines(run, *checkpoint) if checkpoint else weight_lines(run)
+    if checkpoint:
+        lines = resume_lines(run, *checkpoint)
+    else:
+        warnings, start = weight_warnings(run), run.train.init_from
+        first = f"with the weights of {start}" if start else "afresh, with random weights"
+        lines = [f"start       {first}", *(f"warning: {line}" for line in warnings)]
     if run.train.export_hf:
         from moe_engine.checkpoint.hf.export import check_exportable
 
@@ -29,16 +35,11 @@ def start_lines(run: Run, checkpoint: tuple[Path, dict[str, Any]] | None) -> lis
     return lines
 
 
-def check_folder(out: Path) -> None:
-    """ConfigError when nothing could be written to --out, be it there or not."""
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"--out {out}: {there} cannot be written to; choose a folder that you can write to")
-
-
 def checkpoint_of(run: Run) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that the run would go on from, and its manifest; None if it would not."""
     root, resume = Path(run.train.out) / "checkpoints", run.train.resume
+    if there := obstacle(root):
+        raise ConfigError(f"--out {run.train.out}: {there} cannot be written to; choose a folder that you can write to")
     steps = steps_in(root)
     check_resume(run, steps)
     if resume == "auto":
@@ -71,14 +72,18 @@ def resume_lines(run: Run, folder: Path, manifest: dict[str, Any]) -> list[str]:
     return [f"start       from {folder}, {manifest['step']:,} steps done", *(f"warning: {line}" for line in changes)]
 
 
-def weight_lines(run: Run) -> list[str]:
-    """What a run that resumes nothing would start with."""
+def weight_warnings(run: Run) -> list[str]:
+    """What is to be said of the weights that a run which resumes nothing starts with. ConfigError or DataError when
+    they cannot be its weights."""
     if not run.train.init_from:
-        return ["start       afresh, with random weights"]
+        return []
     from moe_engine.checkpoint.hf.first import changes_of, check_shapes, open_weights
     from moe_engine.checkpoint.hf.table import weight_shapes
 
-    source = open_weights(Path(run.train.init_from))
+    folder = Path(run.train.init_from)
+    source = open_weights(folder)
     check_shapes(source, weight_shapes(run.model))
-    changes = changes_of(source, run)
-    return [f"start       with the weights of {run.train.init_from}", *(f"warning: {line}" for line in changes)]
+    lines = changes_of(source, run.model)
+    if not run.data.domains and not run.data.tokenizer and any((folder / name).exists() for name in TOKENIZERS):
+        lines.append(f"no --data is given: the run reads Python's sources as bytes, which are other tokens in {folder}")
+    return lines

@@ -19,7 +19,7 @@ from moe_engine.checkpoint.agreement import together
 from moe_engine.checkpoint.compare import differences
 from moe_engine.checkpoint.folders import folder_of, set_aside
 from moe_engine.checkpoint.hf.carried import keep_for_run
-from moe_engine.checkpoint.hf.first import changes_of, open_weights
+from moe_engine.checkpoint.hf.first import open_weights
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.manifest import NAME, read_manifest
 from moe_engine.checkpoint.reader import Reader, agreed_steps, check_resume, choose, verify
@@ -238,7 +238,6 @@ def start_from(trainer: Trainer, path: Path) -> None:
         raise DataError("; ".join(problems))
     opened: list[HfFolder | Reader] = []
     together(lambda: opened.append(open_weights(path)), world)
-    together(lambda: trainer.log.warn(*changes_of(opened[0], trainer.run)), world)
     together(lambda: load_weights(trainer.engine, opened[0], beat), world)
     trainer.engine.weights_from_masters()
     together(lambda: keep_for_run(path, Path(trainer.run.train.out)), world, everywhere=False)

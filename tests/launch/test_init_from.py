@@ -68,11 +68,21 @@ def test_a_checkpoint_starts_a_run_that_needs_it_no_more(
     shutil.rmtree(start)
     again = run("--steps", "4", *SMALL[2:], *common, "--resume", "auto", "--export-hf", tmp_path / "out")
     assert again.code == 0 and "resumed from" in again.out and "started with" not in again.out, again.err
+    first = tmp_path / "run" / "checkpoints" / "step-00000002"
+    aside = run("--steps", "3", *SMALL[2:], *common, "--out", tmp_path / "aside", "--resume", first)
+    assert aside.code == 0 and f"resumed from {first}" in aside.out, aside.err
     same_tensors(tmp_path / "out", hf)  # bf16 masters are exact, and the folder's own files were kept for this
     for name in [*SIDE, "config.json"]:
         assert (tmp_path / "out" / name).read_bytes() == (hf / name).read_bytes(), name
     anew = run(*SMALL, *common, "--out", tmp_path / "other", "--resume", "auto")
     refused(anew, 78, r"train\.init_from: found '.*start', expected a Hugging Face folder or a checkpoint")
+
+
+def test_weights_that_know_tokens_get_bytes(tmp_path: Path) -> None:
+    save(theirs("llama", vocab_size=320), tmp_path / "hf", shard="1GB", side=False)
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    done = run("--steps", "1", "--seq-length", "16", "--init-from", tmp_path / "hf", "--out", tmp_path / "run")
+    assert done.code == 0 and done.err.count("warning: no --data is given: the run reads Python's sources") == 1
 
 
 @pytest.fixture

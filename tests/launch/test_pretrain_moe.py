@@ -169,7 +169,7 @@ def test_resume_from_nowhere(tmp_path: Path, tokens: Path):
 def test_one_process_trains_and_resumes(tmp_path: Path, tokens: Path):
     done = run(*SMALL, "--out", tmp_path, "--data", tokens)
     assert done.code == 0, done.err
-    assert "layout      1 ranks" in done.out and "active for one token" in done.out
+    assert "layout      dp 1 x ep 1 x tp 1, world size 1" in done.out and "active for one token" in done.out
     assert "Traceback" not in done.err and "checkpoint" in done.out and (tmp_path / "loss.png").stat().st_size > 1000
     again = run("--steps", "4", *SMALL[2:], "--out", tmp_path, "--data", tokens, "--resume", "auto")
     assert again.code == 0 and "resumed from" in again.out, again.err

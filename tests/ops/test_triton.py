@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tools.inspect_kernels import STALLS, Row, loop_of_products
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +26,7 @@ def test_interpreted_kernels_equal_the_reference(numbers: str) -> None:
 
 @pytest.mark.timeout(600)
 def test_compiled_kernels_use_tensor_cores_and_do_not_spill(tmp_path: Path) -> None:
-    """Every kernel, in every tile, for sm_80 and sm_90: the tool fails on spills and where it finds no tensor core."""
+    """Every kernel, in every tile, for sm_80 and sm_90: the tool fails on spills, stalls and too many programs."""
     command = [sys.executable, "tools/inspect_kernels.py", "--json", str(tmp_path / "kernels.json")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
@@ -35,6 +38,26 @@ def test_compiled_kernels_use_tensor_cores_and_do_not_spill(tmp_path: Path) -> N
     assert kernels == {name for name in written if name.endswith("_kernel")}
     hopper = [row for row in rows if row["kernel"] == "up_kernel" and row["arch"] == 90 and row["dtype"] == "bfloat16"]
     assert all(row["tma"] > 0 and row["cp_async"] > 0 for row in hopper)  # weights by descriptor, tokens by address
+
+
+def test_the_loop_over_products_is_found_and_its_stalls() -> None:
+    """The inner of two loops, and one whose label is spelt otherwise, which must not pass for one without stalls."""
+    code = """
+.L_x_1:
+        /*0010*/                   LDG.E R2, [R4] ;
+.L_x_2:
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0030*/                   STS [R5], R2 ;
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0050*/              @P0  BRA `(.L_x_2) ;
+        /*0060*/              @P1  BRA `(.L_x_1) ;
+"""
+    loop = loop_of_products(code)
+    assert len(loop) == 4 and sum(bool(re.search(STALLS, line)) for line in loop) == 1
+    assert loop_of_products(code.replace(".L_x", ".label")) == []
+    row = Row(90, "up_kernel", "", "bfloat16", "64x64x64 w4 s4", 1, 4, 128, 0, 1000, 1, 0, 1, 1, loop=0, stalls=0)
+    assert row.problem() == "no loop over products" and row._replace(loop=4).problem() is None
+    assert row._replace(loop=4, stalls=1).problem() == "1 stalls"
 
 
 @pytest.mark.slow

@@ -71,7 +71,9 @@ def test_the_first_process_decides_and_a_file_can_be_edited(measured: list[Tile]
     assert files(tmp_path) == [path]  # no draft is left
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"m": 64, "shape": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"m": 64, "shape": 3}', '{"m": 64, "n": 64, "k": 0, "warps": 4, "stages": 4}']
+)
 def test_a_damaged_file_is_written_anew(measured: list[Tile], tmp_path: Path, text: str) -> None:
     choose()
     (path,) = files(tmp_path)
@@ -170,7 +172,7 @@ def race(rank: int, folder: Path, barrier: Barrier) -> None:
     adopted = []
     for round_ in range(ROUNDS):
         barrier.wait()
-        adopted.append(tune._store(folder / f"{round_}.json", FAST._replace(stages=rank)))
+        adopted.append(tune._store(folder / f"{round_}.json", FAST._replace(stages=1 + rank)))
     (folder / f"rank{rank}").write_text(json.dumps(adopted))
 
 

@@ -9,6 +9,7 @@ import pytest
 from launch.pretrain_moe import main
 from moe_engine.checkpoint.manifest import write_manifest
 from moe_engine.config_cli import load
+from moe_engine.prepare.default import NAME
 from moe_engine.prepare.pipeline import Options, prepare
 from tests.checkpoint.hf.small import save, theirs
 
@@ -24,7 +25,8 @@ def checkpoint(step: int) -> Path:
     folder = Path(f"run/checkpoints/step-{step:08d}")
     folder.mkdir(parents=True)
     run = load(["--steps", str(step)], 1).run.model_dump(mode="json")
-    write_manifest(folder, {"run": run, "step": step, "files": {}, "data": {}})
+    order = {"seed": 0, "seq_length": run["train"]["seq_length"], "domains": [NAME]}
+    write_manifest(folder, {"run": run, "step": step, "files": {}, "data": order})
     return folder
 
 
@@ -55,10 +57,11 @@ def test_where_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
 def test_weights_that_know_tokens_get_bytes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     save(theirs("llama", vocab_size=320), tmp_path / "hf", shard="1GB", side=False)
     sizes = ("--init-from", "hf", "--seq-length", "16")
-    code, said = dry(capsys, *sizes)
-    assert code == 0 and "start       with the weights of hf" in said and "warning: no --data is given" in said
+    assert "no --data" not in dry(capsys, *sizes)[1]  # no tokenizer lies there: they may know bytes
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    assert "warning: no --data is given" in dry(capsys, *sizes)[1]
     code, said = dry(capsys, *sizes, "--tokenizer", "bytes")
-    assert code == 0 and "no --data" not in said
+    assert code == 0 and "start       with the weights of hf" in said and "no --data" not in said
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,9 @@ def test_weights_that_know_tokens_get_bytes(capsys: pytest.CaptureFixture[str], 
         (("--out", "run"), 78, "--out run holds checkpoints of an earlier run"),
         (("--out", "other", "--resume", "run"), 78, "--resume run: no manifest.json there"),
         (("--out", "run", "--resume", "auto", "--model", "llama-3.2-1b"), 78, "hidden_size is 128 there and 2048"),
+        (("--out", "run", "--resume", "auto", "--set", "train.seed=7"), 78, "train.seed: found 7, and 0 in the check"),
+        (("--out", "blocked"), 78, "--out blocked: .*checkpoints cannot be written to"),
+        (("--export-hf", "file/x"), 78, "--export-hf file/x: .*file cannot be written to"),
         (("--export-hf", "file"), 78, "--export-hf file exists"),
         (("--tokenizer", "gpt2"), 78, "tokenizer gpt2: no such file"),
         (("--set", "model.vocab_size=200"), 65, "200 is too small for the default corpus, which has 257 ids"),
@@ -79,6 +85,8 @@ def test_refusals(
     arguments: tuple[str, ...], code: int, wanted: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     checkpoint(20)
+    Path("blocked").mkdir()
+    Path("blocked/checkpoints").touch()
     Path("file").write_text("a short text")
     if "hf" in arguments:
         save(theirs("llama"), tmp_path / "hf", shard="1GB", side=False)
@@ -99,3 +107,5 @@ def test_the_data_of_a_run_that_goes_on(capsys: pytest.CaptureFixture[str]) -> N
     write_manifest(folder, {"run": run, "step": 20, "files": {}, "data": state})
     code, said = dry(capsys, "--out", "run", "--resume", "auto", "--data", "data")
     assert code == 78 and "train.seq_length: found 256, and 128 in the checkpoint" in said
+    code, said = dry(capsys, "--out", "run", "--resume", "auto", "--seq-length", "128")
+    assert code == 78 and "data.domains: found ['stdlib'], and ['data'] in the checkpoint" in said

@@ -1,7 +1,6 @@
 """A checkpoint, imported or of a run, to a Hugging Face folder: what is written when nobody says otherwise."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from moe_engine.checkpoint.weights_only import Beat, Written
 from moe_engine.config import Model
 from moe_engine.config_hf import FAMILIES, came_as, differences, dtype_of, family_of, model_from_hf
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.host.files import obstacle
 
 
 class Wishes(NamedTuple):
@@ -44,8 +44,7 @@ def check_exportable(model: Model, out: Path, came_from: Path | None) -> None:
     usual_family(model, of_checkpoint(came_from) if came_from else {})
     if out.exists():
         raise ConfigError(f"--export-hf {out} exists; remove it or choose another name")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not os.access(above, os.W_OK):
+    if above := obstacle(out):
         raise ConfigError(f"--export-hf {out}: {above} cannot be written to; choose another folder")
 
 

@@ -7,7 +7,7 @@ from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.manifest import NAME
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.source import Source
-from moe_engine.config import Model, Run
+from moe_engine.config import Model
 from moe_engine.config_hf import differences
 from moe_engine.errors import ConfigError
 
@@ -17,15 +17,11 @@ def open_weights(path: Path) -> HfFolder | Reader:
     return Reader(path) if (path / NAME).is_file() else HfFolder(path)
 
 
-def changes_of(source: HfFolder | Reader, run: Run) -> list[str]:
-    """One line for each setting that makes the run's model another function of the same weights; and where text comes
-    as bytes to weights that know tokens."""
+def changes_of(source: HfFolder | Reader, model: Model) -> list[str]:
+    """One line for each setting that makes the run's model another function of the same weights."""
     theirs = source.model if isinstance(source, HfFolder) else Model.model_validate(source.manifest["run"]["model"])
-    changes = differences(run.model, theirs).items()
-    lines = [f"model.{key} was {was} and is {now} in this run" for key, (now, was) in changes]
-    if isinstance(source, HfFolder) and not run.data.domains and not run.data.tokenizer:
-        lines.append("no --data is given: the run reads Python's sources as bytes, whose ids mean other tokens there")
-    return lines
+    changes = differences(model, theirs).items()
+    return [f"model.{key} was {was} and is {now} in this run" for key, (now, was) in changes]
 
 
 def check_shapes(source: Source, ours: Mapping[str, tuple[int, ...]]) -> None:

@@ -5,9 +5,9 @@
 
 Programs are persistent and find their tiles in the counts on the device, so nothing waits for the host. Tiles are
 taken m first within a group of m tiles, so that the tile of b that they share stays in L2. The rows past sum(counts)
-are those of one more expert, whose sums have no terms: they become zeros. Descriptors (TMA on Hopper, plain addresses
-before) carry operands whose sizes allow it; others go through masked pointers. Sums are fp32; for fp32 operands
-torch.set_float32_matmul_precision chooses between exact products ("highest", the default) and TF32.
+are those of one more expert, whose sums have no terms: they become zeros. In `matmul` descriptors (TMA on Hopper,
+plain addresses before) carry operands whose sizes allow it; others go through masked pointers. Sums are fp32; for fp32
+operands torch.set_float32_matmul_precision chooses between exact products ("highest", the default) and TF32.
 """
 
 import torch
