@@ -1,7 +1,7 @@
-"""The text of a run: its domains, opened for training and for evaluation."""
+"""The text of a run: its domains, opened for training and for evaluation, and its batches."""
 
 from moe_engine.config import Run
-from moe_engine.data.loader import OpenDomain, open_domains
+from moe_engine.data.loader import Loader, OpenDomain, open_domains
 from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import DataError
 
@@ -16,3 +16,17 @@ def open_corpus(run: Run) -> tuple[list[OpenDomain], list[OpenDomain]]:
     except DataError:
         held_out = []
     return train, [domain for domain in held_out if domain.dataset.tokens > 1]
+
+
+def loader_of(run: Run, domains: list[OpenDomain], data_rank: int = 0) -> Loader:
+    """The batches of one data rank of a run."""
+    return Loader(
+        domains,
+        seed=run.train.seed,
+        seq_length=run.train.seq_length,
+        micro_batch=run.train.micro_batch,
+        accumulation=run.train.accumulation,
+        data_rank=data_rank,
+        data_size=run.data_ranks,
+        document_mask=run.data.document_mask,
+    )

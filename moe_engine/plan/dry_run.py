@@ -10,8 +10,8 @@ from typing import Any
 
 from moe_engine.config import Run
 from moe_engine.config_cli import Loaded
-from moe_engine.data.corpus import open_corpus
-from moe_engine.data.loader import Loader, check_order
+from moe_engine.data.corpus import loader_of, open_corpus
+from moe_engine.data.loader import check_order
 from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import DataError
 from moe_engine.model.flops import step_flops_per_token
@@ -65,14 +65,7 @@ def corpus_lines(run: Run, state: dict[str, Any] | None) -> list[str]:
         made = f"(tokenizer {tokenizer.spec}; prepared when the run starts)"
         return [f"data        the Python standard library's own sources {made}"]
     train, held_out = open_corpus(run)
-    loader = Loader(
-        train,
-        seed=run.train.seed,
-        seq_length=run.train.seq_length,
-        micro_batch=run.train.micro_batch,
-        accumulation=run.train.accumulation,
-        data_size=run.data_ranks,
-    )
+    loader = loader_of(run, train)
     if state:
         loader.load_state(state)
     weight = sum(domain.weight for domain in train)

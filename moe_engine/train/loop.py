@@ -25,6 +25,7 @@ from moe_engine.checkpoint.manifest import NAME, read_manifest
 from moe_engine.checkpoint.reader import Reader, agreed_steps, check_resume, choose, verify
 from moe_engine.checkpoint.saver import Saver
 from moe_engine.config import Run
+from moe_engine.data.corpus import loader_of
 from moe_engine.data.loader import Batch, Loader, OpenDomain, eval_batches
 from moe_engine.errors import ConfigError, DataError, EngineError, Preempted, StorageError
 from moe_engine.host.memory import keep_freed_memory
@@ -82,16 +83,7 @@ def build(
     torch.manual_seed(
         key_of(run.train.seed, f"noise of rank {mesh.world.rank}")
     )  # router jitter alone draws from it, for this rank's tokens
-    loader = Loader(
-        train,
-        seed=run.train.seed,
-        seq_length=run.train.seq_length,
-        micro_batch=run.train.micro_batch,
-        accumulation=run.train.accumulation,
-        data_rank=mesh.data.rank,
-        data_size=mesh.data.size,
-        document_mask=run.data.document_mask,
-    )
+    loader = loader_of(run, train, mesh.data.rank)
     saver = Saver(
         Path(run.train.out) / "checkpoints",
         mesh.world,
