@@ -194,8 +194,8 @@ def machine_code(compiled: Any) -> tuple[int, ...]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, sass = (
-            subprocess.run([str(tools / tool), flag, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+            subprocess.run([str(tools / tool), *flags, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-ndf"))
         )
     found = re.search(r"REG:(\d+)", usage)
     assert found, usage

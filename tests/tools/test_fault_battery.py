@@ -42,6 +42,7 @@ def test_checksums_that_nobody_compares(tmp_path: Path, monkeypatch: pytest.Monk
     assert failures(tmp_path, "C1", 4)
 
 
+@pytest.mark.slow
 def test_the_old_checkpoint_removed_before_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def in_the_wrong_order(temporary: Path, final: Path) -> None:
         for step in steps_in(final.parent):

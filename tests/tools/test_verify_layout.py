@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-from tools.verify_layout import SMALL, relative, run_of, shrunk, verify
+from tools.verify_layout import FAST, SMALL, relative, run_of, shrunk, verify
 from tools.verify_layout import Case as LayoutCase
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,12 @@ def test_a_dense_model_is_verified_too():
     assert verify(model, cases) <= 1e-5
 
 
+def test_four_ranks_stay_below_the_limit():
+    four = [case for case in FAST if (case.dp, case.ep, case.tp) in ((2, 2, 1), (1, 2, 2))]
+    assert len(four) == 2 and 0 < verify(SMALL, four) <= 1e-5
+
+
+@pytest.mark.slow
 def test_fast_subset_stays_below_the_limit():
     command = [sys.executable, "tools/verify_layout.py", "--fast"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
