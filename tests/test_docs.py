@@ -12,7 +12,8 @@ from moe_engine.config_cli import load
 from moe_engine.config_report import SECTIONS
 from moe_engine.log import SCALAR_TAGS, progress_line
 from moe_engine.parallel.mesh import rank_lists
-from moe_engine.prepare.formats import ROW_SUFFIXES, TEXT_KEYS, TEXT_SUFFIXES
+from moe_engine.prepare.files import COMPRESSION, ROW_SUFFIXES, TEXT_SUFFIXES
+from moe_engine.prepare.formats import TEXT_KEYS
 from tests.test_readme import mistakes
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +98,7 @@ def test_config_example_is_read(tmp_path: Path) -> None:
 
 def test_data_page_names_every_format_and_field() -> None:
     text = (DOCS / "data.md").read_text()
-    for name in (*TEXT_SUFFIXES, *ROW_SUFFIXES, *TEXT_KEYS):
+    for name in (*TEXT_SUFFIXES, *ROW_SUFFIXES, *COMPRESSION, *TEXT_KEYS):
         assert f"`{name}`" in text, name
 
 

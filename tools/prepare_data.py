@@ -8,7 +8,9 @@ python tools/prepare_data.py --stdlib --out data/python
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -17,10 +19,12 @@ from moe_engine.errors import ConfigError, EngineError
 from moe_engine.log import printable
 from moe_engine.prepare.pipeline import Options, prepare, stdlib_sources
 
+SHOWN = 8  # endings, or files met again
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
-        description="Turn .txt .md .py .jsonl .json .parquet files (also .gz) and folders into token shards.",
+        description="Turn .txt .md .py .jsonl .json .parquet files (also .gz, .zst) and folders into token shards.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     what = parser.add_argument_group("what to read")
@@ -69,6 +73,17 @@ def domains_of(args: argparse.Namespace) -> dict[str, list[str | Path]]:
     return domains
 
 
+def notes_on(domain: dict[str, Any]) -> Iterator[str]:
+    """What the inputs of a domain hold beside what was read from them, in a line or two however much it is."""
+    if over := domain["passed_over"]:
+        common = sorted(over.items(), key=lambda item: -item[1])
+        shown = [f"{count:,} {ending}" for ending, count in common[:SHOWN]] + ["others"] * (len(common) > SHOWN)
+        yield f"not read in folders: {sum(over.values()):,} entries ({', '.join(shown)})"
+    if again := domain["met_again"]:
+        shown = [f"{path} is {first}" for path, first in again[:SHOWN]] + ["others"] * (len(again) > SHOWN)
+        yield f"met again and read once: {', '.join(shown)}"
+
+
 def main(argv: list[str]) -> int:
     """Exit code: 0, 65 for data that cannot be used, 78 for arguments that cannot work."""
     try:
@@ -88,7 +103,13 @@ def main(argv: list[str]) -> int:
             f"{split}: {entry['tokens']:,} tokens in {entry['documents']:,} documents"
             for split, entry in domain["splits"].items()
         ]
-        print(f"{name}: {'; '.join(counts)}; {domain['bad_rows']:,} bad rows, {domain['empty_documents']:,} empty")
+        rows = (
+            f"{domain['rows_read']:,} rows read: {domain['documents_kept']:,} kept, {domain['empty_documents']:,} "
+            f"empty, {domain['bad_rows']:,} bad rows"
+        )
+        print(f"{name}: {'; '.join(counts)}; {rows}")
+        for note in notes_on(domain):
+            print(f"{name}: {printable(note)}")
     kind = manifest["tokenizer"]["kind"]
     print(f"{printable(args.out)}: {manifest['tokens']:,} tokens, vocabulary {manifest['vocab_size']:,} ({kind})")
     return 0

@@ -1,40 +1,34 @@
-"""Files and folders to documents, in bounded memory; what cannot be used comes out as a BadRow that says where and why.
+"""Files to documents, in bounded memory; what cannot be used comes out as a BadRow that says where and why.
 
-    list_files(paths)         folders walked in sorted order, named files as given
     read_pieces(file)         a file as Pieces of about 1 MiB: picklable, so that a worker can parse them
     documents(piece, key)     a piece as Documents (text) or BadRows
 
     .txt .md .py  (and any other text file that is named explicitly)  one document a file; BOM dropped, CRLF becomes LF;
                   above 8 MiB cut at line ends into documents of at most 8 MiB; or one document a line (per="line")
     .jsonl        one JSON object a line; lines end at \\n only (U+2028 and U+0085 are text)
-    .json         a list of objects, JSON lines under the wrong name, or one object whose values are the objects
+    .json         a list of objects, JSON lines, objects one after another, or one object whose values are the objects
     .parquet      one row a document
-    a further .gz is unpacked on the way (not for .parquet)
+    a further .gz or .zst is unpacked on the way (not for .parquet)
 
 Text is UTF-8. In rows it is the field `text_key`, or the first of TEXT_KEYS that the row has. Blank lines are no rows.
+Every row comes out, as a Document or as a BadRow, and a row that is broken takes no other with it.
 """
 
-import gzip
 import io
 import json
-import os
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from moe_engine.errors import ConfigError, DataError
-from moe_engine.prepare.json_array import BadValue, array_values, unique_fields
+from moe_engine.errors import ConfigError
+from moe_engine.prepare.files import READ_ERRORS, open_file, suffix_of
+from moe_engine.prepare.json_values import BadValue, json_layout, json_rows, unique_fields
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
-OTHER_COMPRESSION = (".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz")
 TEXT_KEYS = ("text", "content", "raw_content", "document", "body")
-MAX_ROW = 32 << 20  # bytes; a longer line, or a value of twice this length in an array, is reported and passed over
+MAX_ROW = 32 << 20  # bytes; a longer line, or a row of twice this length in a .json file, is reported and passed over
 MAX_TEXT = 8 << 20  # bytes of one plain-text document
 BLOCK = 1 << 20
 BOM = b"\xef\xbb\xbf"
-READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
 class BadRow(NamedTuple):
@@ -43,6 +37,7 @@ class BadRow(NamedTuple):
     path: str
     where: str
     reason: str
+    rows: int = 1  # how many rows it stands for, where that is known
 
     def __str__(self) -> str:
         return ": ".join([f"{self.path}:{self.where}" if self.where else self.path, self.reason])
@@ -73,51 +68,16 @@ class Piece(NamedTuple):
         return sum(len(field) for row in rows for field in row if isinstance(field, str))
 
 
-def list_files(paths: Iterable[str | Path]) -> list[Path]:
-    """Every file to read: folders recursively in sorted order, hidden entries left out, each file once."""
-    files: dict[Path, None] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = [file for file in _walk(path) if _suffix(file) in TEXT_SUFFIXES + ROW_SUFFIXES]
-            if not found:
-                known = " ".join(TEXT_SUFFIXES + ROW_SUFFIXES)
-                raise DataError(f"{path}: no file to read in this folder; expected {known} (each also with .gz)")
-            if odd := next((file for file in found if not file.is_file()), None):
-                raise DataError(f"{odd}: a pipe, a device or a link to nothing, not a file; take it out of the folder")
-            files.update(dict.fromkeys(found))
-        elif path.is_file():
-            if path.suffix in OTHER_COMPRESSION:
-                raise ConfigError(f"{path}: {path.suffix} is not read; unpack it, or compress with gzip")
-            files[path] = None
-        else:
-            raise ConfigError(f"{path}: no such file or folder; check the path given as input")
-    return list(files)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root) / name for name in sorted(names) if not name.startswith("."))
-
-
-def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
-
-
-def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-
-
 def read_pieces(
     path: Path, per: Literal["file", "line"] = "file", text_key: str | None = None
 ) -> Iterator[Piece | BadRow]:
     """The file as pieces, in order. `per`: whether a plain text file is one document or one document a line."""
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     try:
         if suffix == ".parquet":
             yield from _parquet(path, text_key)
         elif suffix == ".json":
-            yield from _json(path)
+            yield from _json(path, text_key)
         elif suffix == ".jsonl":
             yield from _lines(path, "jsonl")
         elif per == "line":
@@ -130,8 +90,8 @@ def read_pieces(
 
 def _lines(path: Path, kind: Literal["lines", "jsonl"]) -> Iterator[Piece | BadRow]:
     """Whole lines in blocks; a line over MAX_ROW is passed over without being held."""
-    line, tail, too_long = 1, b"", False
-    with _open(path) as stream:
+    line, tail, too_long = 1, bytearray(), False  # of a tail that grows in small steps no copy is made at each
+    with open_file(path) as stream:
         while True:
             try:
                 chunk = stream.read1(BLOCK)  # read() would lose what precedes the damage
@@ -147,21 +107,20 @@ def _lines(path: Path, kind: Literal["lines", "jsonl"]) -> Iterator[Piece | BadR
                 line, chunk, too_long = line + 1, chunk[end:], False
             end = chunk.rfind(b"\n") + 1
             if end:
-                block = tail + chunk[:end]
+                block = bytes(tail) + chunk[:end]
                 yield Piece(str(path), kind, line, block)
-                line, tail = line + block.count(b"\n"), chunk[end:]
-            else:
-                tail += chunk
+                line, tail = line + block.count(b"\n"), bytearray()
+            tail += chunk[end:]
             if len(tail) > MAX_ROW:
                 yield BadRow(str(path), str(line), f"the line is longer than {MAX_ROW >> 20} MiB")
-                tail, too_long = b"", True
+                tail, too_long = bytearray(), True
     if tail:
-        yield Piece(str(path), kind, line, tail)
+        yield Piece(str(path), kind, line, bytes(tail))
 
 
 def _texts(path: Path) -> Iterator[Piece]:
     line, tail = 1, b""
-    with _open(path) as stream:
+    with open_file(path) as stream:
         while chunk := stream.read(MAX_TEXT - len(tail)):
             text = tail + chunk
             if len(text) < MAX_TEXT:
@@ -182,61 +141,33 @@ def _character_end(text: bytes) -> int:
     return len(text)
 
 
-def _json(path: Path) -> Iterator[Piece | BadRow]:
-    with _open(path) as stream:
-        head = stream.read(BLOCK).removeprefix(BOM).lstrip()
-    if not head.startswith(b"["):
-        first = head.partition(b"\n")[0]
-        if len(first) < len(head) and _is_json(first):
-            yield from _lines(path, "jsonl")
-        else:
-            yield from _json_object(path)
+def _json(path: Path, text_key: str | None) -> Iterator[Piece | BadRow]:
+    with _open_text(path) as stream:
+        layout = json_layout(stream, MAX_ROW, READ_ERRORS, (text_key,) if text_key else TEXT_KEYS)
+    if layout == "lines":
+        yield from _lines(path, "jsonl")
         return
-    rows: list[tuple[str, Any]] = []
-    with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as stream:
-        for where, value in array_values(stream, MAX_ROW, READ_ERRORS):
-            if isinstance(value, BadValue):
-                if rows:
-                    yield Piece(str(path), "rows", 0, rows)
-                rows = []
-                yield BadRow(str(path), where, value.reason)
-                continue
-            rows.append((where, value))
-            if len(rows) == 256:
-                yield Piece(str(path), "rows", 0, rows)
-                rows = []
-    if rows:
-        yield Piece(str(path), "rows", 0, rows)
+    with _open_text(path) as stream:
+        yield from _row_pieces(path, json_rows(stream, MAX_ROW, READ_ERRORS, layout == "keyed"))
 
 
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+def _row_pieces(path: Path, rows: Iterable[tuple[str, Any | BadValue]]) -> Iterator[Piece | BadRow]:
+    ready: list[tuple[str, Any]] = []
+    for where, value in rows:
+        bad = isinstance(value, BadValue)
+        if not bad:
+            ready.append((where, value))
+        if ready and (bad or len(ready) == 256):
+            yield Piece(str(path), "rows", 0, ready)
+            ready = []
+        if bad:
+            yield BadRow(str(path), where, *value)
+    if ready:
+        yield Piece(str(path), "rows", 0, ready)
 
 
-def _json_object(path: Path) -> Iterator[Piece | BadRow]:
-    with _open(path) as stream:
-        text = stream.read(8 * MAX_ROW + 1)
-    if len(text) > 8 * MAX_ROW:
-        yield BadRow(str(path), "", f"one JSON object of more than {8 * MAX_ROW >> 20} MiB; convert it to .jsonl")
-        return
-    try:
-        value = json.loads(text.removeprefix(BOM).decode(errors="surrogateescape"), object_pairs_hook=unique_fields)
-    except json.JSONDecodeError as error:
-        yield BadRow(str(path), f"{error.lineno}:{error.colno}", f"not JSON: {error.msg}")
-        return
-    except (ValueError, RecursionError) as error:
-        yield BadRow(str(path), "", f"not JSON: {error}")
-        return
-    if isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values()):
-        rows = [(f"key {key!r}", row) for key, row in value.items()]
-    else:
-        rows = [("1", value)]
-    for start in range(0, len(rows), 256):
-        yield Piece(str(path), "rows", 0, rows[start : start + 256])
+def _open_text(path: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open_file(path), "utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _parquet(path: Path, text_key: str | None) -> Iterator[Piece | BadRow]:
@@ -245,16 +176,39 @@ def _parquet(path: Path, text_key: str | None) -> Iterator[Piece | BadRow]:
         from pyarrow import ArrowException
     except ImportError:
         raise ConfigError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow") from None
-    number = 1
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             wanted = [name for name in ((text_key,) if text_key else TEXT_KEYS) if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=256, columns=wanted[:1] or None):
-                rows = [(f"row {number + i}", row) for i, row in enumerate(batch.to_pylist())]
-                number += len(rows)
-                yield Piece(str(path), "rows", 0, rows)
+            yield from _row_pieces(path, _parquet_rows(file, wanted[:1] or None, (ArrowException, OSError, ValueError)))
     except (ArrowException, OSError, ValueError) as error:
-        yield BadRow(str(path), f"row {number}" if number > 1 else "", f"not a readable Parquet file: {error}")
+        yield BadRow(str(path), "", f"not a readable Parquet file: {error}")
+
+
+def _parquet_rows(
+    file: Any, columns: list[str] | None, errors: tuple[type[Exception], ...]
+) -> Iterator[tuple[str, Any | BadValue]]:
+    number, end = 1, 1
+    for group in range(file.num_row_groups):
+        number, end = end, end + file.metadata.row_group(group).num_rows
+        try:
+            for batch in file.iter_batches(256, [group], columns):
+                for row in (batch.slice(i, 1) for i in range(batch.num_rows)) if _broken(batch) else [batch]:
+                    values = [BadValue("a string that is not UTF-8")] if _broken(row) else row.to_pylist()
+                    for value in values:
+                        yield f"row {number}", value
+                        number += 1
+        except errors as error:
+            reason = f"the file is damaged: rows {number} to {end - 1} cannot be read: {error}"
+            yield f"row {number}", BadValue(reason, end - number)
+
+
+def _broken(batch: Any) -> bool:
+    """Whether a string of the batch is not UTF-8."""
+    try:
+        batch.validate(full=True)
+    except ValueError:
+        return True
+    return False
 
 
 def documents(piece: Piece, text_key: str | None = None) -> Iterator[Document | BadRow]:

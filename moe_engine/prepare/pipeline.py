@@ -38,11 +38,14 @@ from moe_engine.data.shards import (
 )
 from moe_engine.data.tokenizer import Tokenizer, load_tokenizer
 from moe_engine.errors import ConfigError, DataError
-from moe_engine.prepare.formats import BadRow, Piece, documents, list_files, read_pieces
+from moe_engine.prepare.files import Listing, list_files
+from moe_engine.prepare.formats import BadRow, Piece, documents, read_pieces
 from moe_engine.prepare.progress import Progress
 
 GROUP = 1 << 20  # bytes of input that one worker call takes
+SAMPLE = 1 << 16  # bytes of a file's head, middle and tail that tell whether it is still the same
 BAD_ROWS = "bad_rows.jsonl"
+COUNTS = ("rows_read", "documents_kept", "empty_documents", "bad_rows")  # the first is the sum of the others
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
 
 
@@ -63,6 +66,7 @@ class Encoded(NamedTuple):
 
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
     bad: list[BadRow]
+    rows: int  # read: documents + empty + bad
     empty: int
     size: int  # bytes read
 
@@ -98,17 +102,18 @@ def prepare(
     model = load_tokenizer(tokenizer)
     if options.add_bos and model.bos_id is None:
         raise ConfigError(f"tokenizer {model.spec}: has no begin-of-text token; leave out --add-bos")
-    files = {name: list_files(paths) for name, paths in domains.items()}
+    listings = {name: list_files(paths) for name, paths in domains.items()}
+    files = {name: listing.files for name, listing in listings.items()}
     sources = {name: [_source(file) for file in found] for name, found in files.items()}
     key = _key(sources, model, options)
     if (manifest := _existing(out, key, overwrite)) is not None:
-        return manifest
+        return _with_notes(manifest, listings)
     total = sum(source["bytes"] for found in sources.values() for source in found)
     with publish(out) as folder, Progress(total, quiet) as progress:
         writer = _Writer(folder, model, options, files, progress)
         for domain, encoded in _encode_all(files, model, options, _worker_count(workers, total, model)):
             writer.add(domain, encoded)
-        manifest = writer.finish(sources, key)
+        manifest = _with_notes(writer.finish(sources, key), listings)
         write_manifest(folder, manifest)
     return read_manifest(out)
 
@@ -127,16 +132,51 @@ def _check_options(options: Options, workers: int | None) -> None:
 
 def _source(file: Path) -> dict[str, Any]:
     status = file.stat()
-    return {"path": str(file), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+    return {
+        "path": str(file),
+        "bytes": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+        "sample": _sample(file, status.st_size),
+    }
+
+
+def _sample(file: Path, size: int) -> str:
+    """A digest of the file's head, middle and tail; "" for a file that cannot be read, which is a bad row later."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(file, "rb") as stream:
+            for start in (0, (size - SAMPLE) // 2, size - SAMPLE):
+                stream.seek(max(0, start))
+                digest.update(stream.read(SAMPLE))
+    except OSError:
+        return ""
+    return digest.hexdigest()
 
 
 def _key(sources: dict[str, list[dict[str, Any]]], model: Tokenizer, options: Options) -> str:
-    """Changes when the output would: with a file's name, size or time, the tokenizer or the options."""
+    """Changes when the output would: with a file's path, size, time or sample, the tokenizer or the options.
+
+    The path counts because the rest cannot tell every two files apart: copies of one size and time, say, that differ
+    between the samples. So a moved input is another input. That is found before anything is replaced and costs at most
+    a second preparation; text taken for another's would be trained on without a word. It is the real path, so that
+    links and the working folder do not matter, and beside it the name, whose ending tells the format.
+    """
     known = {
-        name: [[Path(source["path"]).name, source["bytes"], source["modified_ns"]] for source in found]
+        name: [
+            [os.path.realpath(source["path"]), Path(source["path"]).name, *list(source.values())[1:]]
+            for source in found
+        ]
         for name, found in sources.items()
     }
     return hashlib.sha256(json.dumps([known, model.fingerprint, asdict(options)]).encode()).hexdigest()
+
+
+def _with_notes(manifest: dict[str, Any], listings: Mapping[str, Listing]) -> dict[str, Any]:
+    """The manifest with what its inputs hold beside the files that were read."""
+    for name, (_, again, passed_over) in listings.items():
+        notes = {"passed_over": dict(passed_over), "met_again": [[str(path), str(first)] for path, first in again]}
+        manifest["domains"][name] |= notes
+    return manifest
 
 
 def _existing(out: Path, key: str, overwrite: bool) -> dict[str, Any] | None:
@@ -227,9 +267,10 @@ def encode_group(group: list[Piece | BadRow], model: Tokenizer, options: Options
     """The documents of `group` as tokens, each with its eos (and bos); blank documents are counted, not kept."""
     bad: list[BadRow] = []
     texts: list[str] = []
-    empty = 0
+    rows = empty = 0
     for item in group:
         for row in [item] if isinstance(item, BadRow) else documents(item, options.text_key):
+            rows += row.rows if isinstance(row, BadRow) else 1
             if isinstance(row, BadRow):
                 bad.append(row)
             elif row.text.isspace() or not row.text:
@@ -244,7 +285,8 @@ def encode_group(group: list[Piece | BadRow], model: Tokenizer, options: Options
         arrays[split].append(np.concatenate([before, ids, after]))
     dtype = token_dtype(model.vocab_size)
     splits = {split: _joined(found, dtype) for split, found in arrays.items()}
-    return Encoded(splits, bad, empty, sum(item.size for item in group if isinstance(item, Piece)))
+    size = sum(item.size for item in group if isinstance(item, Piece))
+    return Encoded(splits, bad, rows, empty, size)
 
 
 def _joined(arrays: list[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -265,7 +307,7 @@ class _Writer:
     ) -> None:
         self.folder, self.model, self.options, self.progress = folder, model, options, progress
         self.dtype = token_dtype(model.vocab_size)
-        self.counts = {name: {"bad_rows": 0, "empty_documents": 0} for name in domains}
+        self.counts = {name: dict.fromkeys(COUNTS, 0) for name in domains}
         self.splits: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in domains}
         self.open: dict[str, ShardWriter] = {}
         self.max_id: dict[str, int] = {}
@@ -279,7 +321,9 @@ class _Writer:
             self.open = {s: ShardWriter(self.folder, f"{domain}-{s}", self.dtype, size) for s in SPLITS}
             self.max_id = dict.fromkeys(SPLITS, -1)
         self._report(domain, encoded.bad)
-        self.counts[domain]["empty_documents"] += encoded.empty
+        kept = sum(len(lengths) for _, lengths in encoded.splits.values())
+        for name, count in zip(COUNTS, (encoded.rows, kept, encoded.empty, sum(row.rows for row in encoded.bad))):
+            self.counts[domain][name] += count
         for split, (tokens, lengths) in encoded.splits.items():
             self.open[split].add(tokens, lengths)
             self.max_id[split] = max(self.max_id[split], int(tokens.max(initial=0)))
@@ -290,7 +334,6 @@ class _Writer:
             return
         if self.options.on_bad_row == "stop":
             raise DataError(f"{bad[0]}. Mend it, or leave such rows out with --on-bad-row skip")
-        self.counts[domain]["bad_rows"] += len(bad)
         with open(self.folder / BAD_ROWS, "a", encoding="utf-8", errors="backslashreplace") as file:
             for row in bad:
                 self.progress.bad_row(str(row))
@@ -316,6 +359,8 @@ class _Writer:
     def finish(self, sources: dict[str, list[dict[str, Any]]], key: str) -> dict[str, Any]:
         """Closes the shards and returns the manifest; DataError for a domain without text."""
         self._close_domain()
+        for read, *parts in (counts.values() for counts in self.counts.values()):
+            assert read == sum(parts), self.counts
         for domain, splits in self.splits.items():
             if not splits or not splits["train"]["tokens"]:
                 counts = self.counts[domain]
@@ -337,7 +382,7 @@ class _Writer:
             "tokenizer": {"spec": model.spec, "kind": model.kind, "fingerprint": model.fingerprint},
             "options": asdict(self.options),
             **totals,
-            "bad_rows": sum(counts["bad_rows"] for counts in self.counts.values()),
+            **{name: sum(counts[name] for counts in self.counts.values()) for name in COUNTS},
             "domains": {
                 name: {**self.counts[name], "splits": splits, "sources": sources[name]}
                 for name, splits in self.splits.items()

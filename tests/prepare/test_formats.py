@@ -11,7 +11,8 @@ import pytest
 
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.prepare import formats
-from moe_engine.prepare.formats import BadRow, Document, documents, list_files, read_pieces
+from moe_engine.prepare.files import list_files
+from moe_engine.prepare.formats import BadRow, Document, documents, read_pieces
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data files are not beside the repository")
@@ -97,9 +98,9 @@ def test_defect_in_an_array_costs_its_own_row(tmp_path: Path, defect: str, place
 
 @pytest.mark.parametrize("seed", range(30))
 def test_array_read_in_small_blocks_equals_json(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_engine.prepare import json_array
+    from moe_engine.prepare import json_values
 
-    monkeypatch.setattr(json_array, "BLOCK", 1 + seed)
+    monkeypatch.setattr(json_values, "BLOCK", 1 + seed)
     generator = random.Random(seed)
     alphabet = 'ab"\\{}[],: \n\té日😀\u2028'
     texts = ["".join(generator.choices(alphabet, k=generator.randrange(1, 60))) for _ in range(20)]
@@ -241,9 +242,9 @@ def test_list_files_is_sorted_and_complete(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.jsonl", "a/b.md", ".hidden/x.txt", "a/.x.txt", "c.tex", "a.json.gz", "A.TXT"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    names = [file.relative_to(tmp_path).as_posix() for file in list_files([tmp_path, tmp_path / "b.txt"])]
+    names = [file.relative_to(tmp_path).as_posix() for file in list_files([tmp_path, tmp_path / "b.txt"]).files]
     assert names == ["A.TXT", "a.json.gz", "b.txt", "a/b.md", "a/z.jsonl"]
-    assert list_files([tmp_path / "c.tex"]) == [tmp_path / "c.tex"]
+    assert list_files([tmp_path / "c.tex"]).files == [tmp_path / "c.tex"]
     assert read(tmp_path / "c.tex")[0] == ["x"]
     with pytest.raises(ConfigError, match="no such file"):
         list_files([tmp_path / "missing.txt"])
@@ -251,8 +252,8 @@ def test_list_files_is_sorted_and_complete(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file to read.*\.jsonl"):
         list_files([tmp_path / "empty"])
     with pytest.raises(ConfigError, match="gzip"):
-        (tmp_path / "a.zst").write_text("x")
-        list_files([tmp_path / "a.zst"])
+        (tmp_path / "a.xz").write_text("x")
+        list_files([tmp_path / "a.xz"])
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda p: p.symlink_to("no")])

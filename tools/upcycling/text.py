@@ -17,7 +17,8 @@ from moe_engine.config_files import read_mapping
 from moe_engine.data.loader import IGNORED, Batch
 from moe_engine.data.tokenizer import Tokenizer, load_tokenizer
 from moe_engine.errors import ConfigError, DataError
-from moe_engine.prepare.formats import BadRow, documents, list_files, read_pieces
+from moe_engine.prepare.files import list_files
+from moe_engine.prepare.formats import BadRow, documents, read_pieces
 from moe_engine.prepare.pipeline import stdlib_sources
 from moe_engine.upcycle import SCORED
 from moe_engine.upcycle.prompts import ExpertPrompts
@@ -104,7 +105,7 @@ def sequences(files: Sequence[str], tokenizer: Tokenizer, tokens: int, length: i
 def texts(files: Sequence[str]) -> Iterator[str]:
     """The documents of text, JSON lines or Parquet files, as prepare_data.py reads them."""
     try:
-        paths = list_files(files or stdlib_sources())
+        paths = list_files(files or stdlib_sources()).files
     except (ConfigError, DataError) as error:
         raise type(error)(f"--text {error}") from None
     for path in paths:
