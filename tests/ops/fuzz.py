@@ -106,7 +106,9 @@ def inputs(folder: str, dtype: torch.dtype, dice: random.Random, generator: torc
         args = (randn(len(index), d), weight, *matrices, *ops.sort_by_expert(index, experts), dice.random() < 0.5)
         return ops.experts, args
     logits, first = randn(rows, d, values=(-float("inf"), -200.0, 1e-40)), dice.choice([0, 5])
-    label = torch.randint(first + d + 3, (rows,), generator=generator).masked_fill(torch.rand(rows) < 0.2, -100)
+    label = torch.randint(first + d + 3, (rows,), generator=generator).masked_fill(
+        torch.rand(rows, generator=generator) < 0.2, -100
+    )
     if dice.random() < 0.5:
         return ops.cross_entropy_stats, (logits, label, first)
     lse = logits.to(wide(dtype)).logsumexp(-1).clamp(min=0)
