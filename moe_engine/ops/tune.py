@@ -68,18 +68,25 @@ class Tiles(NamedTuple):
     def candidates(self, dtype: torch.dtype) -> tuple[Tile, ...]:
         if dtype == torch.float32:
             return self.single
-        return self.hopper if has_descriptors() and target().arch < 120 else self.ampere
+        return self.hopper if 90 <= capability() < 120 else self.ampere
 
 
 def target() -> GPUTarget:
     """What kernels are compiled for: back-end "cuda", whose arch is a number, or "hip", whose arch is a name. The
     interpreter passes for Hopper."""
-    return HOPPER if knobs.runtime.interpret else driver.active.get_current_target()
+    found = HOPPER if knobs.runtime.interpret else driver.active.get_current_target()
+    assert found is not None
+    return found
+
+
+def capability() -> int:
+    """90 for sm_90, 0 for AMD's."""
+    return int(target().arch) if target().backend == "cuda" else 0
 
 
 def launch_options(stages: int, warps: int = 4, registers: int | None = None) -> dict[str, int | bool | None]:
     """The options of a launch that the target's back-end knows. `registers`: the most of a thread, where it can be
-    said. AMD's holds what it loads next in registers and one block less in its 64 KiB: 2 stages are what fits."""
+    said. AMD's compiler takes none; it holds one block less in the 64 KiB of a processor, where 2 stages always fit."""
     if target().backend == "hip":
         return {"num_warps": warps, "num_stages": min(stages, 2), **FUSED}
     return {"num_warps": warps, "num_stages": stages, "maxnreg": registers, **FUSED}
@@ -87,18 +94,18 @@ def launch_options(stages: int, warps: int = 4, registers: int | None = None) ->
 
 def has_descriptors() -> bool:
     """Whether tensor descriptors are hardware (TMA); elsewhere they become loads that nothing overlaps with."""
-    return target().backend == "cuda" and target().arch >= 90
+    return capability() >= 90
 
 
 def precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied, "ieee" or "tf32"; without effect on others."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed and (target().backend == "cuda" or target().arch == "gfx942") else "ieee"
+    return "tf32" if allowed and (capability() or target().arch == "gfx942") else "ieee"
 
 
 def mixed_precision(dtype: torch.dtype) -> str:
-    """How fp32 numbers meet those of a narrower dtype, as exactly as in fp32: three TF32 products, or where those are
-    unknown, and fp32 products no slower, those."""
+    """How fp32 numbers are multiplied by those of a narrower dtype: by three TF32 products, good to about 1e-6, or in
+    fp32 on AMD's, whose compiler does not know the former and whose matrix cores do the latter."""
     return "ieee" if dtype == torch.float32 or target().backend == "hip" else "tf32x3"
 
 

@@ -78,6 +78,16 @@ def test_case_25_what_a_target_has_no_room_for_is_a_problem() -> None:
     assert row._replace(used=used._replace(shared=1024, mma=0)).problem() == "no tensor-core instruction"
 
 
+def test_case_25_the_gradients_of_the_router_compile_for_amd(tmp_path: Path) -> None:
+    """To the binary, without what AMD's compiler does not know; all other kernels: the slow test below."""
+    command = [sys.executable, "tools/inspect_kernels.py", "--targets", "gfx942", "--dtype", "bfloat16"]
+    command += ["--ops", "router_logits", "swiglu", "--json", str(tmp_path / "kernels.json")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    products = {row["kernel"]: row["mma"] for row in json.loads((tmp_path / "kernels.json").read_text())}
+    assert all(products[f"router_{name}_kernel"] > 0 for name in ("logits", "dx", "dw"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_case_25_the_docs_say_what_each_kernel_is_on_each_target() -> None:

@@ -78,11 +78,11 @@ def _of_nvidia(compiled: Any) -> Usage:
     found = re.search(r"REG:(\d+)", resources)
     assert found, resources
     codes = ("STL", "HGMMA", "HMMA", "UTC[A-Z]*MMA", "UTMALDG", "LDGSTS")
-    spills, *others = (len(re.findall(rf"\b{code}\b", sass)) for code in codes)
+    spills, hgmma, hmma, mma, tma, cp_async = (len(re.findall(rf"\b{code}\b", sass)) for code in codes)
     loop = loop_of_products(sass)
     stalls = sum(re.search(STALLS, line) is not None for line in loop)
-    metadata = compiled.metadata
-    return Usage(metadata.num_warps, int(found[1]), spills, metadata.shared, *others, len(loop), stalls)
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    return Usage(warps, int(found[1]), spills, shared, hgmma, hmma, mma, tma, cp_async, len(loop), stalls)
 
 
 def loop_of_products(sass: str) -> list[str]:
