@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export DS_BUILD_OPS := 0
 
-.PHONY: help demo test test-slow verify faults checks format bench bench-kernels clean distclean
+.PHONY: help demo test test-slow verify faults sanitize checks format bench bench-kernels clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +30,9 @@ verify: $(READY) ## train every layout of up to 8 ranks against one process (lon
 
 faults: $(READY) ## kill, signal and damage real runs, and count what is lost (minutes; TIER=nightly: an hour or more)
 	$(BIN)/python tools/fault_battery.py --tier $(or $(TIER),ci)
+
+sanitize: $(READY) ## the C++ kernels under the address, undefined and thread sanitizers (minutes)
+	$(BIN)/python tools/kernels/sanitize.py
 
 checks: $(READY) ## lint, types, architecture
 	$(BIN)/ruff check .

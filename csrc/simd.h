@@ -55,33 +55,33 @@ INLINE void narrow(float value, Bits& out) {
   out = static_cast<Bits>(chosen);
 }
 
-// exp with a relative error of 2e-7 (degree 6 on [-ln2/2, ln2/2]): 0 below -87.3, finite above 88.3, NaN for NaN. F is
-// float or a vector of them, I as many int32.
-template <typename F, typename I>
+// exp with a relative error of 2e-7 where the result is a normal number, rounded to a denormal one or 0 below, infinity
+// above, NaN for NaN. F is float or a vector of them, U as many uint32.
+//
+// x = 2 n ln2 + r, exp(x) = p(r) 2^n 2^n, which reaches results whose exponent is that of no normal number; p has degree
+// 7 on [-ln2, ln2]. Adding 1.5 * 2^23 rounds to n and leaves its bits lowest: nothing is converted, so NaN is no fault.
+template <typename F, typename U>
 INLINE F fast_exp(F x) {
-  F bounded = x > 88.3f ? F{} + 88.3f : x;
-  bounded = bounded < -87.3f ? F{} - 87.3f : bounded;
-  F n = (bounded * 1.44269504f + 12582912.f) - 12582912.f;
-  F r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-  F p = F{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  I exponent;
-  if constexpr (std::is_same_v<F, float>) {
-    exponent = static_cast<I>(n);
-  } else {
-    exponent = __builtin_convertvector(n, I);
-  }
-  exponent = (exponent + 127) << 23;
+  F bounded = x > 89.f ? F{} + 89.f : x;
+  bounded = bounded < -176.f ? F{} - 176.f : bounded;  // there the exponent of 2^n becomes that of 0
+  F sum = bounded * 0.72134752f + 12582912.f, n = sum - 12582912.f;
+  F r = bounded - n * 1.38671875f + n * 4.2438889e-4f;  // 2 ln2 in two parts, of which the first times n is exact
+  F p = F{} + 1.9610325e-4f;
+  p = p * r + 1.4105506e-3f;
+  p = p * r + 8.3361315e-3f;
+  p = p * r + 4.1661218e-2f;
+  p = p * r + 1.6666614e-1f;
+  p = p * r + 5.0000036e-1f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  U bits;
+  std::memcpy(&bits, &sum, sizeof bits);
+  bits = (bits << 23) + 0x3f800000;
   F scale;
-  std::memcpy(&scale, &exponent, sizeof scale);
-  return x < -87.3f ? F{} : p * scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale * scale;
 }
-INLINE float fast_exp(float x) { return fast_exp<float, int32_t>(x); }
+INLINE float fast_exp(float x) { return fast_exp<float, uint32_t>(x); }
 INLINE double fast_exp(double x) { return std::exp(x); }
 
 // fp32 for fp32 and bf16, fp64 for fp64: what a kernel computes in.

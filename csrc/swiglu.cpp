@@ -15,7 +15,7 @@ INLINE V exp_of(V x) {
     for (size_t i = 0; i < sizeof(V) / sizeof(double); i++) y[i] = std::exp(x[i]);
     return y;
   } else {
-    return fast_exp<V, typename Vectors<int32_t, sizeof(V)>::Type>(x);
+    return fast_exp<V, Integers<V>>(x);
   }
 }
 

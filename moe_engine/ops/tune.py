@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 import triton
 from triton import knobs, testing
+from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 from triton.runtime import driver
 
@@ -47,12 +48,11 @@ class Tile(NamedTuple):
     def options(self, indexed: bool = False) -> dict[str, int | bool | None]:
         """Launch options of Triton. Where the loop loads the index of what it loads, each takes half of the stages."""
         registers = 65_536 // (32 * self.warps * self.programs)  # of a thread; it can have 255
-        return {
-            "num_warps": self.warps, "num_stages": 2 * self.stages - 1 if indexed else self.stages,
-            "maxnreg": registers if registers < 255 else None, **FUSED,
-        }  # fmt: skip
+        stages = 2 * self.stages - 1 if indexed else self.stages
+        return launch_options(stages, self.warps, registers if registers < 255 else None)
 
 
+HOPPER = GPUTarget("cuda", 90, 32)
 FUSED = {"enable_fp_fusion": True}  # said aloud: whether a * b + c is rounded once or twice is Triton's to change
 INTERPRETED = Tile(16, 32, 32, 4, 1, group=2)  # small, so that small tests have several tiles in each direction
 
@@ -61,22 +61,52 @@ class Tiles(NamedTuple):
     """What is worth measuring: no tile that spills registers or exceeds shared memory (tools/inspect_kernels.py). The
     last of each is the smallest."""
 
-    hopper: tuple[Tile, ...]  # sm_90 and later, descriptors
-    ampere: tuple[Tile, ...]  # sm_80 to sm_89, pointers
+    hopper: tuple[Tile, ...]  # sm_90 to sm_110, where a processor has 228 KiB of shared memory
+    ampere: tuple[Tile, ...]  # others: NVIDIA's before and sm_120, AMD's
     single: tuple[Tile, ...]  # fp32
+
+    def candidates(self, dtype: torch.dtype) -> tuple[Tile, ...]:
+        if dtype == torch.float32:
+            return self.single
+        return self.hopper if 90 <= capability() < 120 else self.ampere
+
+
+def target() -> GPUTarget:
+    """What kernels are compiled for: back-end "cuda", whose arch is a number, or "hip", whose arch is a name. The
+    interpreter passes for Hopper."""
+    found = HOPPER if knobs.runtime.interpret else driver.active.get_current_target()
+    assert found is not None
+    return found
+
+
+def capability() -> int:
+    """90 for sm_90, 0 for AMD's."""
+    return int(target().arch) if target().backend == "cuda" else 0
+
+
+def launch_options(stages: int, warps: int = 4, registers: int | None = None) -> dict[str, int | bool | None]:
+    """The options of a launch that the target's back-end knows. `registers`: the most of a thread, where it can be
+    said. AMD's compiler takes none; it holds one block less in the 64 KiB of a processor, where 2 stages always fit."""
+    if target().backend == "hip":
+        return {"num_warps": warps, "num_stages": min(stages, 2), **FUSED}
+    return {"num_warps": warps, "num_stages": stages, "maxnreg": registers, **FUSED}
 
 
 def has_descriptors() -> bool:
-    """Whether tensor descriptors are hardware (TMA); before Hopper they become loads that nothing overlaps with."""
-    if knobs.runtime.interpret:
-        return True
-    target = driver.active.get_current_target()
-    return target is not None and target.arch >= 90
+    """Whether tensor descriptors are hardware (TMA); elsewhere they become loads that nothing overlaps with."""
+    return capability() >= 90
 
 
 def precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied, "ieee" or "tf32"; without effect on others."""
-    return "ieee" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32"
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and (capability() or target().arch == "gfx942") else "ieee"
+
+
+def mixed_precision(dtype: torch.dtype) -> str:
+    """How fp32 numbers are multiplied by those of a narrower dtype: by three TF32 products, good to about 1e-6, or in
+    fp32 on AMD's, whose compiler does not know the former and whose matrix cores do the latter."""
+    return "ieee" if dtype == torch.float32 or target().backend == "hip" else "tf32x3"
 
 
 def choose(
@@ -89,7 +119,7 @@ def choose(
     that capture alone."""
     if knobs.runtime.interpret:
         return INTERPRETED
-    candidates = tiles.single if dtype == torch.float32 else tiles.hopper if has_descriptors() else tiles.ampere
+    candidates = tiles.candidates(dtype)
     numbers = str(dtype).removeprefix("torch.") + (f"_{precision(dtype)}" if dtype == torch.float32 else "")
     path = _path(kernel, device, numbers, sizes, max(0, round(math.log2(max(rows, 1)))), candidates)
     if path not in _chosen():

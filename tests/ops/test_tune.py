@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
 
 from moe_engine.ops import tune
 from moe_engine.ops.experts import triton as experts
@@ -30,7 +32,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Tile]:
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tune, "_milliseconds", milliseconds)
-    monkeypatch.setattr(tune, "has_descriptors", lambda: True)
+    monkeypatch.setattr(tune, "target", lambda: tune.HOPPER)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     forget()
@@ -162,6 +164,49 @@ def test_other_users_can_read_a_tile(measured: list[Tile], tmp_path: Path) -> No
         os.umask(before)
     (path,) = files(tmp_path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+TARGETS = {
+    target.arch: target
+    for target in (
+        *(GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 120)),
+        *(GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942", "gfx950")),
+    )
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: str(target.arch))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_case_25_a_back_end_is_asked_for_what_it_knows(
+    target: GPUTarget, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launch options and precisions, those of Triton's own classes; "high" asks for TF32 where there is any."""
+    monkeypatch.setattr(tune, "target", lambda: target)
+    known = make_backend(target).parse_options(dict(tune.FUSED))
+    for tiles in (grouped.MATMUL, grouped.DW, experts.UP, experts.DOWN):
+        for tile in tiles.candidates(dtype):
+            for options in (tile.options(), tile.options(indexed=True), tune.launch_options(3)):
+                assert options.keys() <= vars(known).keys()
+    before = torch.get_float32_matmul_precision()
+    try:
+        for mode in ("highest", "high"):
+            torch.set_float32_matmul_precision(mode)
+            assert {tune.precision(dtype), tune.mixed_precision(dtype)} <= {*known.allowed_dot_input_precisions}
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_case_25_tiles_and_descriptors_are_those_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors from sm_90 on; the large tiles where 228 KiB are, which sm_120 has not."""
+    found = {}
+    for arch, target in TARGETS.items():
+        monkeypatch.setattr(tune, "target", lambda target=target: target)
+        tiles = TILES.candidates(torch.bfloat16)
+        found[arch] = (tune.has_descriptors(), next(name for name in Tiles._fields if getattr(TILES, name) == tiles))
+    assert found == {
+        80: (False, "ampere"), 89: (False, "ampere"), 90: (True, "hopper"), 100: (True, "hopper"),
+        120: (True, "ampere"), "gfx90a": (False, "ampere"), "gfx942": (False, "ampere"), "gfx950": (False, "ampere"),
+    }  # fmt: skip
 
 
 RANKS, ROUNDS = 8, 300

@@ -2,8 +2,8 @@
 
 Operands of one 16-bit dtype are multiplied as they are: their products are exact in fp32. Others are widened and
 multiplied in full fp32. The gradients have an fp32 operand; if the other is 16 bits wide, three TF32 products stand
-for one in fp32, good to about 1e-6. dw sums over all tokens: each stretch of tokens gives a part, and the parts are
-added in order.
+for one in fp32, good to about 1e-6 (on AMD, where matrix cores multiply fp32, one does). dw sums over all tokens: each
+stretch of tokens gives a part, and the parts are added in order.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_engine.ops.tune import FUSED
+from moe_engine.ops import tune
 
 STRETCH, STRETCHES = 1024, 32  # at least so many tokens in a stretch, at most so many stretches
 
@@ -83,7 +83,7 @@ def router_logits(x: Tensor, w: Tensor) -> Tensor:
         widen, e_pad = x.dtype != w.dtype or x.dtype == torch.float32, max(16, triton.next_power_of_2(experts))
         rows, depth = (16, 16) if widen else (64, 64)
         router_logits_kernel[(triton.cdiv(tokens, rows),)](
-            x, w, logits, tokens, experts, D, widen, rows, depth, e_pad, num_stages=3, **FUSED
+            x, w, logits, tokens, experts, D, widen, rows, depth, e_pad, **tune.launch_options(3)
         )
     return logits
 
@@ -91,7 +91,7 @@ def router_logits(x: Tensor, w: Tensor) -> Tensor:
 def router_logits_backward(grad: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
     grad, x, w, (tokens, D), experts = grad.contiguous(), x.contiguous(), w.contiguous(), x.shape, w.shape[0]
     dx, dw = x.new_empty(x.shape if need_x else 0), w.new_empty(w.shape if need_w else 0)
-    precision, options = "ieee" if x.dtype == torch.float32 else "tf32x3", {"num_stages": 2, **FUSED}
+    precision, options = tune.mixed_precision(x.dtype), tune.launch_options(2)
     if tokens and need_x:
         router_dx_kernel[(triton.cdiv(tokens, 32), triton.cdiv(D, 64))](
             grad, w, dx, tokens, experts, D, precision, 32, 16, 64, **options
