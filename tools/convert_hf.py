@@ -12,7 +12,7 @@ verify found a difference, 65 data, 74 disk, 78 configuration.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def import_(options: argparse.Namespace) -> int:
     total = sum(entry.nbytes for entry in folder.entries.values())
     with bar(total, "import") as beat:
         written = read_hf(folder, options.out, beat)
+    print(f"weights of {folder}")
     print(f"{folder.family}, {folder.layout}: {summary(written)}")
     print(f"hash of all tensors {written.digest()}")
     print(f"wrote {options.out}; start from it with --init-from {options.out}")
@@ -95,7 +96,7 @@ def verify(options: argparse.Namespace) -> int:
     """Compare bit by bit; prints what differs."""
     import torch
 
-    from moe_engine.checkpoint.hf.carried import of_checkpoint, side_files
+    from moe_engine.checkpoint.hf.carried import of_checkpoint
     from moe_engine.checkpoint.hf.export import open_checkpoint
     from moe_engine.checkpoint.hf.folder import HfFolder
     from moe_engine.config_hf import differences
@@ -109,9 +110,7 @@ def verify(options: argparse.Namespace) -> int:
             different.append(f"{name}: {there} in the folder, {here} in the checkpoint")
     for key, (here, there) in differences(model, folder.model).items():
         different.append(f"model.{key}: {there} in the folder, {here} in the checkpoint")
-    for name, content in side_files(folder.folder).items():
-        if name != "config.json" and of_checkpoint(options.checkpoint).get(name) != content:
-            different.append(f"{name}: another than in the checkpoint")
+    different += side_differences(folder.side, of_checkpoint(options.checkpoint))
     with bar(sum(entry.nbytes for entry in folder.entries.values()), "verify") as beat:
         for name, place in folder.places.items() if not different else ():
             ours = reader.part(place.weight, place.box)
@@ -122,8 +121,25 @@ def verify(options: argparse.Namespace) -> int:
             elif not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
                 far = (ours.double() - theirs.double()).abs().max().item()
                 different.append(f"{name}: differs by up to {far:.3g}")
+    print(f"weights of {folder}")
     print("\n".join(different) or f"{len(folder.places)} tensors, all bits equal")
     return DIFFERENT if different else 0
+
+
+def side_differences(there: Mapping[str, bytes], here: Mapping[str, bytes]) -> Iterator[str]:
+    """A line for each file beside the weights that is another; of config.json the token ids, its function is compared
+    as a model."""
+    from moe_engine.checkpoint.hf.carried import carried_config
+
+    for name in sorted(there.keys() | here.keys()):
+        if name not in there or name not in here:
+            yield f"{name}: only in the {'folder' if name in there else 'checkpoint'}"
+        elif name != "config.json" and there[name] != here[name]:
+            yield f"{name}: another than in the checkpoint"
+    theirs, ours = carried_config(there), carried_config(here)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if "config.json" in here and theirs.get(key) != ours.get(key):
+            yield f"config.json: {key}: {theirs.get(key)} in the folder, {ours.get(key)} in the checkpoint"
 
 
 def summary(written: Any) -> str:

@@ -82,6 +82,8 @@ def upcycle(given: argparse.Namespace) -> int:
     source = Upcycled(parents, child, given.method, options, *observe(given, options, parents[0], text))
     written = write(given, source, child, target, text, parents)
     print(f"{given.method}: {summary(written)}")
+    for parent in parents:
+        print(f"parent {parent}")
     print(f"wrote {given.out}; start from it with --init-from {given.out}")
     if text.receipt_BS is None:
         return 0

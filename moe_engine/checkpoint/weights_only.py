@@ -75,8 +75,8 @@ def write_weights(
     for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
         if not partial.write(rank_file(number), _maker(source, file, beat)):
             beat(sum(size.values()))
-    for name, content in side.items():
-        partial.write(name, lambda path, content=content: (write_bytes(path, content), {}))
+    for name in side:
+        partial.write(name, lambda path, name=name: (write_bytes(path, side[name]), {}))
     write_manifest(
         partial.folder,
         {

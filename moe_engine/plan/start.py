@@ -78,12 +78,15 @@ def weight_warnings(run: Run) -> list[str]:
     if not run.train.init_from:
         return []
     from moe_engine.checkpoint.hf.first import changes_of, check_shapes, open_weights
+    from moe_engine.checkpoint.hf.folder import HfFolder
     from moe_engine.checkpoint.hf.table import weight_shapes
 
     folder = Path(run.train.init_from)
     source = open_weights(folder)
     check_shapes(source, weight_shapes(run.model))
     lines = changes_of(source, run.model)
+    if isinstance(source, HfFolder) and source.unread:
+        lines.append(f"there is more than one set of weights in {source}")
     if not run.data.domains and not run.data.tokenizer and any((folder / name).exists() for name in TOKENIZERS):
         lines.append(f"no --data is given: the run reads Python's sources as bytes, which are other tokens in {folder}")
     return lines

@@ -1,14 +1,15 @@
 """A checkpoint, imported or of a run, to a Hugging Face folder: what is written when nobody says otherwise."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from moe_engine.checkpoint.hf.carried import of_checkpoint
+from moe_engine.checkpoint.hf.carried import carried_config, of_checkpoint
 from moe_engine.checkpoint.hf.families import TABLES
-from moe_engine.checkpoint.hf.write import Target, carried_config, refuse_biases, write_hf
+from moe_engine.checkpoint.hf.write import Target, refuse_biases, write_hf
 from moe_engine.checkpoint.manifest import NAME, problems_of
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.weights_only import Beat, Written
@@ -48,7 +49,7 @@ def check_exportable(model: Model, out: Path, came_from: Path | None) -> None:
         raise ConfigError(f"--export-hf {out}: {above} cannot be written to; choose another folder")
 
 
-def usual_family(model: Model, side: dict[str, bytes]) -> str:
+def usual_family(model: Model, side: Mapping[str, bytes]) -> str:
     """The family that a model came in, if it still is of it, or the first that holds it."""
     carried = carried_config(side)
     if came_as(carried) == "llama_moe_v2" and not differences(model, model_from_hf(carried)):
@@ -65,7 +66,7 @@ def export_checkpoint(
     return target, write_hf(reader, model, target, out, reader.manifest["files"], beat)
 
 
-def target_of(manifest: dict[str, Any], model: Model, side: dict[str, bytes], wishes: Wishes) -> Target:
+def target_of(manifest: dict[str, Any], model: Model, side: Mapping[str, bytes], wishes: Wishes) -> Target:
     """Family, layout and dtype: wished for, or as the weights came, or the usual."""
     came = manifest.get("hf", {})
     family = wishes.family or came.get("family") or usual_family(model, side)
@@ -74,7 +75,7 @@ def target_of(manifest: dict[str, Any], model: Model, side: dict[str, bytes], wi
     layouts = list(TABLES[family])
     layout = wishes.layout or (came.get("layout") if came.get("layout") in layouts else layouts[0])
     dtype = wishes.dtype
-    if dtype is None and not came:  # masters are fp32, whatever the run computed in
+    if dtype is None and "hf" not in manifest:  # masters are fp32, whatever the run computed in
         run = "bfloat16" if manifest["run"]["train"]["precision"] == "bf16" else "float32"
         dtype = dtype_of(carried_config(side)) or run
     if not 0 < wishes.shard_gb < math.inf:

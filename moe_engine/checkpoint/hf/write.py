@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from moe_engine.checkpoint import disk
+from moe_engine.checkpoint.hf.carried import carried_config
+from moe_engine.checkpoint.hf.contents import CONFIG, INDEX, SINGLE
 from moe_engine.checkpoint.hf.families import TABLES
-from moe_engine.checkpoint.hf.folder import CONFIG, INDEX, SINGLE
 from moe_engine.checkpoint.hf.table import Place, places
 from moe_engine.checkpoint.partial import Partial
 from moe_engine.checkpoint.shard import Digest, Entry, stream_shard
 from moe_engine.checkpoint.weights_only import Beat, Weights, Written, digests_of, hash_of, write_bytes
 from moe_engine.config import Model
 from moe_engine.config_hf import FAMILIES, came_as, dtype_of, model_from_hf, model_to_hf, spelling_of
-from moe_engine.config_report import shown
 from moe_engine.errors import ConfigError, DataError
 
 SHARD_BYTES = 5 * 10**9  # as transformers
@@ -86,13 +86,13 @@ def write_hf(
     for file, names in shards.items():
         if not partial.write(file, make(names)):
             beat(sum(entries[name].nbytes for name in names))
-    files = {CONFIG: config} | {name: content for name, content in target.side.items() if name != CONFIG}
+    made = {CONFIG: config}
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        files[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
-    for name, content in files.items():
-        partial.write(name, lambda path, content=content: (write_bytes(path, content), {}))
+        made[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    for name in {**made, **dict.fromkeys(target.side)}:
+        partial.write(name, lambda path, name=name: (write_bytes(path, made.get(name) or target.side[name]), {}))
     partial.publish()
     return Written(partial.tensors(), total)
 
@@ -130,17 +130,6 @@ def config_text(model: Model, target: Target, entries: Mapping[str, Entry]) -> b
         if config == model_to_hf(model_from_hf(carried), target.family, said, target.version, carried):
             return old
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-
-
-def carried_config(side: Mapping[str, bytes]) -> dict[str, Any]:
-    """The config.json among the files that go along; empty without one. DataError when it cannot be read."""
-    try:
-        carried = json.loads(side.get(CONFIG, b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the config.json that came with the weights is no JSON ({error})") from None
-    if not isinstance(carried, dict):
-        raise DataError(f"the config.json that came with the weights holds {shown(carried)}, expected a mapping")
-    return carried
 
 
 def cut(entries: Mapping[str, Entry], shard_bytes: int) -> dict[str, list[str]]:
