@@ -77,7 +77,7 @@ def weight_warnings(run: Run) -> list[str]:
     they cannot be its weights."""
     if not run.train.init_from:
         return []
-    from moe_engine.checkpoint.hf.first import changes_of, check_shapes, open_weights
+    from moe_engine.checkpoint.hf.first import changes_of, check_shapes, let_in, open_weights
     from moe_engine.checkpoint.hf.folder import HfFolder
     from moe_engine.checkpoint.hf.table import weight_shapes
 
@@ -85,6 +85,8 @@ def weight_warnings(run: Run) -> list[str]:
     source = open_weights(folder)
     check_shapes(source, weight_shapes(run.model))
     lines = changes_of(source, run.model)
+    if found := let_in(source):
+        lines.append(f"{folder} holds NaN or infinite numbers: {'; '.join(f'{k}: {v}' for k, v in found.items())}")
     if isinstance(source, HfFolder) and source.unread:
         lines.append(f"there is more than one set of weights in {source}")
     if not run.data.domains and not run.data.tokenizer and any((folder / name).exists() for name in TOKENIZERS):

@@ -57,10 +57,10 @@ def write(
     identity = [[identity_of(parent) for parent in parents], flags, read_so_far(text)]
     with bar(None, given.method) as beat:
         if target is not None:
-            return write_hf(source, child, target, given.out, identity, beat)
+            return write_hf(source, child, target, given.out, identity, beat, given.allow_nonfinite)
         return write_weights(
             source, child, files_of(source, shard_bytes(given)), parents[0].side, {}, given.out, identity,
-            beat,
+            beat, given.allow_nonfinite,
         )  # fmt: skip
 
 

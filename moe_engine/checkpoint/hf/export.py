@@ -27,6 +27,7 @@ class Wishes(NamedTuple):
     dtype: str | None = None
     version: int | None = None
     shard_gb: float = 5.0
+    allow_nonfinite: bool = False
 
 
 def open_checkpoint(folder: Path, verify: bool = True) -> tuple[Reader, Model]:
@@ -63,7 +64,7 @@ def export_checkpoint(
     """Write `out` from a checkpoint; see write_hf. verify: False for one that was written a moment ago."""
     reader, model = open_checkpoint(folder, verify)
     target = target_of(reader.manifest, model, of_checkpoint(folder), wishes)
-    return target, write_hf(reader, model, target, out, reader.manifest["files"], beat)
+    return target, write_hf(reader, model, target, out, reader.manifest["files"], beat, wishes.allow_nonfinite)
 
 
 def target_of(manifest: dict[str, Any], model: Model, side: Mapping[str, bytes], wishes: Wishes) -> Target:

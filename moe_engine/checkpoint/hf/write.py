@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from moe_engine.checkpoint import disk
+from moe_engine.checkpoint.finite import nonfinite
 from moe_engine.checkpoint.hf.carried import carried_config
 from moe_engine.checkpoint.hf.contents import CONFIG, INDEX, SINGLE
 from moe_engine.checkpoint.hf.families import TABLES
 from moe_engine.checkpoint.hf.table import Place, places
 from moe_engine.checkpoint.partial import Partial
 from moe_engine.checkpoint.shard import Digest, Entry, stream_shard
-from moe_engine.checkpoint.weights_only import Beat, Weights, Written, digests_of, hash_of, write_bytes
+from moe_engine.checkpoint.weights_only import Beat, Weights, Written, digests_of, hash_of, nonfinite_in, write_bytes
 from moe_engine.config import Model
 from moe_engine.config_hf import FAMILIES, came_as, dtype_of, model_from_hf, model_to_hf, spelling_of
 from moe_engine.errors import ConfigError, DataError
@@ -42,12 +43,18 @@ class Target(NamedTuple):
 
 
 def write_hf(
-    source: Weights, model: Model, target: Target, out: Path, identity: Any, beat: Beat = lambda n: None
+    source: Weights,
+    model: Model,
+    target: Target,
+    out: Path,
+    identity: Any,
+    beat: Beat = lambda n: None,
+    allow_nonfinite: bool = False,
 ) -> Written:
     """Write `out`, which must not exist. identity: JSON of what `source` is, by which an interrupted run goes on.
 
     beat: told of the bytes of each tensor. ConfigError for a model that the family cannot hold, before anything is
-    written; StorageError when the disk refuses.
+    written; DataError for NaN and infinities unless they are allowed; StorageError when the disk refuses.
     """
     table = TABLES[target.family]
     if target.layout not in table:
@@ -86,6 +93,7 @@ def write_hf(
     for file, names in shards.items():
         if not partial.write(file, make(names)):
             beat(sum(entries[name].nbytes for name in names))
+    nonfinite_in(partial, source, allow_nonfinite)
     made = {CONFIG: config}
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
@@ -98,13 +106,15 @@ def write_hf(
 
 
 def read(source: Weights, place: Place, entry: Entry, scale: float) -> Tensor:
-    """One tensor as it will lie on disk. DataError where a number does not fit float16."""
+    """One tensor as it will lie on disk. DataError where a finite number becomes an infinite one."""
     if scale != 1.0 and place.weight.endswith("experts.w_down"):
         tensor = (source.part(place.weight, place.box, torch.float32) * scale).to(entry.dtype)
     else:
         tensor = source.part(place.weight, place.box, entry.dtype)
-    if entry.dtype == torch.float16 and bool(tensor.isinf().any()):
-        raise DataError(f"{place.weight}: holds numbers past float16's largest, 65504; use --dtype bfloat16")
+    if (found := nonfinite(tensor)) and found != nonfinite(source.part(place.weight, place.box)):
+        name, largest = str(entry.dtype).removeprefix("torch."), torch.finfo(entry.dtype).max
+        wider = "bfloat16" if name == "float16" else "float32"
+        raise DataError(f"{place.weight}: holds numbers past {name}'s largest, {largest:.6g}; use --dtype {wider}")
     return tensor.view(entry.shape)
 
 
