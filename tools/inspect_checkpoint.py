@@ -14,7 +14,10 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -177,11 +180,20 @@ def moved(a: Path, b: Path, names: Sequence[str]) -> list[str]:
         for kind in ("master",) if alone else ("master", "exp_avg", "exp_avg_sq"):
             was, now = first.whole(name, kind), second.whole(name, kind)
             if not bool(((was == now) | (was.isnan() & now.isnan())).all()):
-                cells.append(f"{kind} {float((now - was).norm() / was.norm().clamp(min=1e-30)):.3e}")
+                cells.append(f"{kind} {distance(was, now)}")
         lines += [f"{name}: " + ", ".join(cells)] if cells else []
     was, now = first.extra(0), second.extra(0)
     biases = sorted(name for name in was.keys() & now.keys() if name.startswith("expert_bias"))
     return lines + [f"{name} differs" for name in biases if not bool((was[name] == now[name]).all())]
+
+
+def distance(was: "Tensor", now: "Tensor") -> str:
+    """|now - was| / |was|, over the elements that are finite in both, and how many are not."""
+    finite = was.isfinite() & now.isfinite()
+    was, now = was.where(finite, 0), now.where(finite, 0)
+    strange = int((~finite).sum())
+    rest = f" and {strange} NaN or infinite" if strange else ""
+    return f"{float((now - was).norm() / was.norm().clamp(min=1e-30)):.3e}{rest}"
 
 
 def look(folder: Path, verify: bool) -> tuple[dict[str, Any] | None, list[str]]:

@@ -28,7 +28,7 @@ SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|keras|msgpack|onnx|onnx_data|ot|tflite|nemo|pdparams)"
-    r"(\.index(\.[\w-]+)?\.json)?",
+    r"(\.index(\.[\w-]+)?\.json)?\Z",
     re.IGNORECASE,
 )
 MAX_FILES = 10_000  # a model has a hundred; this is somebody's home
@@ -92,8 +92,7 @@ def contents_of(folder: Path) -> Contents:
 
 def is_weights(name: str) -> bool:
     """Whether a file has a name of weights, or of an index of weights, in any format."""
-    found = WEIGHTS.search(name)
-    return found is not None and found.end() == len(name)
+    return WEIGHTS.search(name) is not None
 
 
 def is_model(names: set[str]) -> bool:
