@@ -29,8 +29,7 @@ def start_lines(run: Run, checkpoint: tuple[Path, dict[str, Any]] | None) -> lis
     if run.train.export_hf:
         from moe_engine.checkpoint.hf.export import check_exportable
 
-        came_from = Path(run.train.init_from) if run.train.init_from else None
-        check_exportable(run.model, Path(run.train.export_hf), came_from)
+        check_exportable(run)
         lines.append(f"export      {run.train.export_hf}, when the run ends")
     return lines
 

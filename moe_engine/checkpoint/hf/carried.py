@@ -23,9 +23,9 @@ OF_A_RUN = "hf"  # the folder of a run that holds them
 
 def of_checkpoint(folder: Path) -> SideFiles:
     """The side files of a checkpoint: its own, or those that its run keeps; none for a run that began from nothing. Of
-    a Hugging Face folder, its own."""
+    a Hugging Face folder, its own; of one that is gone, none."""
     if not (folder / NAME).is_file():
-        return contents_of(folder).side
+        return contents_of(folder).side if folder.is_dir() else SideFiles({})
     own = {name: file_in(folder, name) for name in read_manifest(folder)["files"] if not name.endswith(SUFFIX)}
     kept = folder.resolve().parent.parent / OF_A_RUN
     return SideFiles(own) if own or not kept.is_dir() else contents_of(kept).side

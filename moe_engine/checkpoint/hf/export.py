@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_engine.checkpoint.hf.carried import carried_config, of_checkpoint
+from moe_engine.checkpoint.hf.carried import OF_A_RUN, carried_config, of_checkpoint
 from moe_engine.checkpoint.hf.families import TABLES
 from moe_engine.checkpoint.hf.write import Target, refuse_biases, write_hf
 from moe_engine.checkpoint.manifest import NAME, problems_of
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.weights_only import Beat, Written
-from moe_engine.config import Model
+from moe_engine.config import Model, Run
 from moe_engine.config_hf import FAMILIES, came_as, differences, dtype_of, family_of, model_from_hf
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import obstacle
@@ -40,12 +40,15 @@ def open_checkpoint(folder: Path, verify: bool = True) -> tuple[Reader, Model]:
     return reader, Model.model_validate(reader.manifest["run"]["model"])
 
 
-def check_exportable(model: Model, out: Path, came_from: Path | None) -> None:
-    """ConfigError when a run with this model could not be exported to `out`; before it starts."""
-    refuse_biases(model)
-    usual_family(model, of_checkpoint(came_from) if came_from else {})
+def check_exportable(run: Run) -> None:
+    """ConfigError when the weights of a run could not be exported to its export_hf; before it starts."""
+    out, came_from = Path(run.train.export_hf or ""), run.train.init_from
+    refuse_biases(run.model)
+    usual_family(run.model, of_checkpoint(Path(came_from)) if came_from else {})
     if out.exists():
         raise ConfigError(f"--export-hf {out} exists; remove it or choose another name")
+    if out.resolve() == Path(run.train.out, OF_A_RUN).resolve():
+        raise ConfigError(f"--export-hf {out}: the run keeps tokenizer files and the like there; choose another name")
     if above := obstacle(out):
         raise ConfigError(f"--export-hf {out}: {above} cannot be written to; choose another folder")
 

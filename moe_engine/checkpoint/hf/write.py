@@ -94,11 +94,7 @@ def write_hf(
         if not partial.write(file, make(names)):
             beat(sum(entries[name].nbytes for name in names))
     nonfinite_in(partial, source, allow_nonfinite)
-    made = {CONFIG: config}
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        made[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    made = {CONFIG: config} | ({INDEX: index_text(shards, total)} if len(shards) > 1 else {})
     for name in {**made, **dict.fromkeys(target.side)}:
         partial.write(name, lambda path, name=name: (write_bytes(path, made.get(name) or target.side[name]), {}))
     partial.publish()
@@ -140,6 +136,13 @@ def config_text(model: Model, target: Target, entries: Mapping[str, Entry]) -> b
         if config == model_to_hf(model_from_hf(carried), target.family, said, target.version, carried):
             return old
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def index_text(shards: Mapping[str, list[str]], total: int) -> bytes:
+    """model.safetensors.index.json: the file of each tensor."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def cut(entries: Mapping[str, Entry], shard_bytes: int) -> dict[str, list[str]]:
