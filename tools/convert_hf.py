@@ -6,8 +6,9 @@
 
 Families: docs/huggingface.md. One tensor is in memory at a time; an interrupted conversion goes on where it stopped.
 `import` keeps every dtype and every file that is no weight; `export` of it gives the same bits. NaN and infinities are
-refused unless they are asked for. A checkpoint of a run is exported in the dtype of the folder that it began from, or of the run; --dtype sets another. Exit codes: 0 done, 1
-verify found a difference, 65 data, 74 disk, 78 configuration.
+refused unless --allow-nonfinite is given. A checkpoint of a run is exported in the dtype of the folder that it began
+from, or of the run; --dtype sets another. Exit codes: 0 done, 1 verify found a difference, 65 data, 74 disk, 78
+configuration.
 """
 
 import argparse
