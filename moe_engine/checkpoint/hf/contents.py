@@ -15,10 +15,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_engine.checkpoint.manifest import NAME
 from moe_engine.checkpoint.partial import PROGRESS
+from moe_engine.config_report import shown
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import size_in
 
@@ -100,11 +101,17 @@ def is_model(names: set[str]) -> bool:
     return bool(names & {CONFIG, NAME, PROGRESS}) and any(map(is_weights, names))
 
 
-def chosen(folder: Path) -> str:
+def chosen(folder: Path, config: Mapping[str, Any]) -> str:
     """The file that says where a folder's tensors are, of those that transformers would read the first.
 
-    ConfigError where it would depend on what is installed; DataError where there is none.
+    ConfigError where config.json names another, or where it would depend on what is installed; DataError where there is
+    none.
     """
+    if named := config.get("transformers_weights"):
+        raise ConfigError(
+            f"{folder}: config.json names {shown(named)} as its weights (transformers_weights), and {SINGLE} and "
+            f"{INDEX} are read: rename the file that holds the model, and remove the key"
+        )
     if os.path.lexists(folder / ADAPTER):
         raise ConfigError(
             f"{folder}: {ADAPTER} is there too, and whether its adapter counts depends on who reads the folder: merge "

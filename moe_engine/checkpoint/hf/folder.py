@@ -41,9 +41,9 @@ class HfFolder(Source):
 
     def __init__(self, folder: Path, keep_open: int = 1):
         self.config = read_config(folder)
+        self.chosen = chosen(folder, self.config)
         self.model: Model = model_in(folder / CONFIG, self.config)
         self.family = family_in(self.config)
-        self.chosen = chosen(folder)
         self.side, weights = contents_of(folder)
         try:
             self.files = files_of(folder, self.chosen)

@@ -118,6 +118,18 @@ def index_of(folder: Path) -> dict[str, str]:
     return json.loads((folder / INDEX).read_text())["weight_map"]
 
 
+def test_case_01_a_set_that_config_json_names_is_refused(models: list[torch.nn.Module], tmp_path: Path) -> None:
+    """transformers would load it and nothing else."""
+    hf = save(models[0], tmp_path / "hf", shard="1GB")
+    save(models[1], tmp_path / "other", shard="1GB")
+    shutil.copy(tmp_path / "other" / SINGLE, hf / "second.safetensors")
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"transformers_weights": "second.safetensors"}))
+    assert torch.equal(logits_there(hf), logits_there(tmp_path / "other"))
+    with pytest.raises(ConfigError, match=rf"'second\.safetensors' as its weights .* {SINGLE} and {INDEX} are"):
+        HfFolder(hf)
+
+
 def test_case_01_an_adapter_beside_the_weights_is_refused(models: list[torch.nn.Module], tmp_path: Path) -> None:
     """transformers adds it to the weights where peft is installed, and leaves it out where it is not."""
     hf = save(models[0], tmp_path / "hf")
