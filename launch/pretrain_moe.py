@@ -93,8 +93,7 @@ def pretrain(loaded: Loaded, rank: int) -> None:
         if run.train.export_hf:
             from moe_engine.checkpoint.hf.export import check_exportable
 
-            came_from = Path(run.train.init_from) if run.train.init_from else None
-            check_exportable(run.model, Path(run.train.export_hf), came_from)
+            check_exportable(run)
     log = Logger(out, rank == 0, run.train.steps, log_every=run.train.log_every)
     with log:
         log.info(*loaded.derived, *batch_lines(run), *parameter_lines(run))

@@ -5,14 +5,15 @@
     python tools/convert_hf.py verify --hf Mixtral-8x7B-v0.1 --checkpoint runs/mixtral
 
 Families: docs/huggingface.md. One tensor is in memory at a time; an interrupted conversion goes on where it stopped.
-`import` keeps every dtype and every file that is no weight; `export` of it gives the same bits. A checkpoint of a run
-is exported in the dtype of the folder that it began from, or of the run; --dtype sets another. Exit codes: 0 done, 1
-verify found a difference, 65 data, 74 disk, 78 configuration.
+`import` keeps every dtype and every file that is no weight; `export` of it gives the same bits. NaN and infinities are
+refused unless --allow-nonfinite is given. A checkpoint of a run is exported in the dtype of the folder that it began
+from, or of the run; --dtype sets another. Exit codes: 0 done, 1 verify found a difference, 65 data, 74 disk, 78
+configuration.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--hf", type=Path, required=True, metavar="DIR")
     check.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT")
     check.set_defaults(run=verify)
+    for command in (read, write, check):
+        command.add_argument("--allow-nonfinite", action="store_true", help="take weights that are NaN or infinite")
     top.epilog = "".join(command.format_usage() for command in (read, write, check))
     return top
 
@@ -71,9 +74,10 @@ def import_(options: argparse.Namespace) -> int:
     folder = HfFolder(options.hf)
     total = sum(entry.nbytes for entry in folder.entries.values())
     with bar(total, "import") as beat:
-        written = read_hf(folder, options.out, beat)
+        written = read_hf(folder, options.out, beat, options.allow_nonfinite)
+    print(f"weights of {folder}")
     print(f"{folder.family}, {folder.layout}: {summary(written)}")
-    print(f"hash of all tensors {written.digest()}")
+    print(*nonfinite_lines(written.nonfinite()), f"hash of all tensors {written.digest()}", sep="\n")
     print(f"wrote {options.out}; start from it with --init-from {options.out}")
     return 0
 
@@ -82,11 +86,14 @@ def export(options: argparse.Namespace) -> int:
     """Checkpoint -> folder."""
     from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
 
-    wishes = Wishes(options.family, options.expert_layout, options.dtype, options.hf_version, options.shard_gb)
+    wishes = Wishes(
+        options.family, options.expert_layout, options.dtype, options.hf_version, options.shard_gb,
+        options.allow_nonfinite,
+    )  # fmt: skip
     with bar(None, "export") as beat:
         target, written = export_checkpoint(options.checkpoint, options.out, wishes, beat)
     print(f"{target.family}, {target.layout}: {summary(written)}")
-    print(f"hash of all tensors {written.digest()}")
+    print(*nonfinite_lines(written.nonfinite()), f"hash of all tensors {written.digest()}", sep="\n")
     print(f"wrote {options.out}{OWN_CODE if target.family == 'llama_moe_v2' else ''}")
     return 0
 
@@ -95,35 +102,66 @@ def verify(options: argparse.Namespace) -> int:
     """Compare bit by bit; prints what differs."""
     import torch
 
-    from moe_engine.checkpoint.hf.carried import of_checkpoint, side_files
+    from moe_engine.checkpoint.finite import nonfinite, refusal
+    from moe_engine.checkpoint.hf.carried import of_checkpoint
     from moe_engine.checkpoint.hf.export import open_checkpoint
     from moe_engine.checkpoint.hf.folder import HfFolder
+    from moe_engine.checkpoint.weights_only import WHOLE_COPY
     from moe_engine.config_hf import differences
 
     folder = HfFolder(options.hf)
     reader, model = open_checkpoint(options.checkpoint)
     different: list[str] = []
+    strange: dict[str, str] = {}
     for name in sorted(reader.shapes.keys() | folder.shapes.keys()):
         here, there = reader.shapes.get(name), folder.shapes.get(name)
         if here != there:
             different.append(f"{name}: {there} in the folder, {here} in the checkpoint")
     for key, (here, there) in differences(model, folder.model).items():
         different.append(f"model.{key}: {there} in the folder, {here} in the checkpoint")
-    for name, content in side_files(folder.folder).items():
-        if name != "config.json" and of_checkpoint(options.checkpoint).get(name) != content:
-            different.append(f"{name}: another than in the checkpoint")
+    different += side_differences(folder.side, of_checkpoint(options.checkpoint))
     with bar(sum(entry.nbytes for entry in folder.entries.values()), "verify") as beat:
         for name, place in folder.places.items() if not different else ():
             ours = reader.part(place.weight, place.box)
             theirs = folder.part(place.weight, place.box)
+            if said := nonfinite(theirs) or nonfinite(ours):
+                strange[name] = said
             beat(theirs.nbytes)
             if ours.dtype != theirs.dtype:
                 different.append(f"{name}: {theirs.dtype} in the folder, {ours.dtype} there")
             elif not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
-                far = (ours.double() - theirs.double()).abs().max().item()
-                different.append(f"{name}: differs by up to {far:.3g}")
+                far = (ours.double() - theirs.double()).abs()
+                finite = far.isfinite()
+                rest = "" if bool(finite.all()) else f", in {int((~finite).sum())} elements by no finite number"
+                different.append(f"{name}: differs by up to {far.where(finite, 0).max().item():.3g}{rest}")
+    print(f"weights of {folder}")
     print("\n".join(different) or f"{len(folder.places)} tensors, all bits equal")
+    if strange and not different and not options.allow_nonfinite:
+        raise refusal(folder, strange, WHOLE_COPY)
+    for line in nonfinite_lines(strange):
+        print(line)
     return DIFFERENT if different else 0
+
+
+def side_differences(there: Mapping[str, bytes], here: Mapping[str, bytes]) -> Iterator[str]:
+    """A line for each file beside the weights that is another; of config.json the token ids, its function is compared
+    as a model."""
+    from moe_engine.checkpoint.hf.carried import carried_config
+
+    for name in sorted(there.keys() | here.keys()):
+        if name not in there or name not in here:
+            yield f"{name}: only in the {'folder' if name in there else 'checkpoint'}"
+        elif name != "config.json" and there[name] != here[name]:
+            yield f"{name}: another than in the checkpoint"
+    theirs, ours = carried_config(there), carried_config(here)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if "config.json" in here and theirs.get(key) != ours.get(key):
+            yield f"config.json: {key}: {theirs.get(key)} in the folder, {ours.get(key)} in the checkpoint"
+
+
+def nonfinite_lines(found: Mapping[str, str]) -> list[str]:
+    """A line for each tensor with NaN or infinities."""
+    return [f"{name}: {said}" for name, said in found.items()]
 
 
 def summary(written: Any) -> str:

@@ -14,7 +14,10 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -89,17 +92,10 @@ def one(folder: Path, verify: bool, weights: bool) -> tuple[list[str], int]:
     if manifest is None:
         return problems, DAMAGED
     numel = {name: math.prod(shape) for name, shape in manifest["weights"].items()}
-    layout = ", ".join(f"{key} {value}" for key, value in manifest["layout"].items())
-    data = manifest["data"]
     holds = "every checksum holds" if verify else "sizes hold (--verify reads all)"
     lines = [
-        f"step         {manifest['step']} ({manifest['tokens']:,} tokens; {manifest['adam_steps']} optimizer steps)",
-        f"layout       {layout}: {len(manifest['files'])} files, {size_of(manifest):.3f} GB",
-        f"weights      {len(numel)}, {sum(numel.values()):,} parameters, each with its master and two moments in fp32",
-        f"data         {', '.join(data['domains'])}: step {data['step']}, seed {data['seed']}, "
-        f"length {data['seq_length']}",
+        *(weights_lines(folder, manifest, not problems) if "hf" in manifest else training_lines(manifest)),
         f"written by   {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}",
-        f"settings     sha256 {manifest['run_sha256'][:16]}, precision {manifest['run']['train']['precision']}",
         f"integrity    {'; '.join(problems) or holds}",
     ]
     losses = {step: loss for step, loss in losses_of(folder.parent.parent).items() if step <= manifest["step"]}
@@ -111,15 +107,47 @@ def one(folder: Path, verify: bool, weights: bool) -> tuple[list[str], int]:
     return lines, DAMAGED if problems else 0
 
 
+def training_lines(manifest: dict[str, Any]) -> list[str]:
+    """Of a checkpoint that a run goes on from."""
+    numel = [math.prod(shape) for shape in manifest["weights"].values()]
+    layout = ", ".join(f"{key} {value}" for key, value in manifest["layout"].items())
+    data = manifest["data"]
+    return [
+        f"step         {manifest['step']} ({manifest['tokens']:,} tokens; {manifest['adam_steps']} optimizer steps)",
+        f"layout       {layout}: {len(manifest['files'])} files, {size_of(manifest):.3f} GB",
+        f"weights      {len(numel)}, {sum(numel):,} parameters, each with its master and two moments in fp32",
+        f"data         {', '.join(data['domains'])}: step {data['step']}, seed {data['seed']}, "
+        f"length {data['seq_length']}",
+        f"settings     sha256 {manifest['run_sha256'][:16]}, precision {manifest['run']['train']['precision']}",
+    ]
+
+
+def weights_lines(folder: Path, manifest: dict[str, Any], whole: bool) -> list[str]:
+    """Of a checkpoint of weights alone, imported or upcycled; the dtypes are in its files, if those are whole."""
+    from moe_engine.checkpoint.reader import Reader
+
+    numel = [math.prod(shape) for shape in manifest["weights"].values()]
+    dtypes = ", ".join(Reader(folder, keep_open=1).elements_by_dtype()) if whole else "the dtypes that they came in"
+    came = ", ".join(manifest["hf"].values())
+    strange = "; ".join(f"{name}: {said}" for name, said in manifest.get("nonfinite", {}).items())
+    return [
+        "step         0, weights alone: a run starts from it with --init-from",
+        f"layout       {len(manifest['files'])} files, {size_of(manifest):.3f} GB",
+        f"weights      {len(numel)}, {sum(numel):,} parameters in {dtypes}",
+        *([f"came as      {came}"] if came else []),
+        *([f"not finite   {strange}"] if strange else []),
+    ]
+
+
 def compare(a: Path, b: Path, values: bool) -> tuple[list[str], int]:
     """What differs between two checkpoints, one line each."""
     from moe_engine.checkpoint.manifest import read_manifest
 
     first, second = read_manifest(a), read_manifest(b)
     lines = [
-        f"{key}: {first[key]} -> {second[key]}"
-        for key in ("step", "tokens", "adam_steps", "layout", "versions", "data")
-        if first[key] != second[key]
+        f"{key}: {first.get(key)} -> {second.get(key)}"
+        for key in ("step", "tokens", "adam_steps", "layout", "versions", "data", "hf")
+        if first.get(key) != second.get(key)
     ]
     for section in sorted(first["run"].keys() | second["run"].keys()):
         was, now = (manifest["run"].get(section, {}) for manifest in (first, second))
@@ -140,21 +168,32 @@ def compare(a: Path, b: Path, values: bool) -> tuple[list[str], int]:
 
 
 def moved(a: Path, b: Path, names: Sequence[str]) -> list[str]:
-    """For each weight and kind |b - a| / |a|, and expert biases that differ; one weight at a time is in memory."""
+    """For each weight and kind |b - a| / |a|, and expert biases that differ; one weight at a time is in memory. Where
+    one holds weights alone, there are no moments to compare."""
     from moe_engine.checkpoint.reader import Reader
 
     first, second = Reader(a), Reader(b)
+    alone = "hf" in first.manifest or "hf" in second.manifest
     lines = []
     for name in names:
         cells = []
-        for kind in ("master", "exp_avg", "exp_avg_sq"):
+        for kind in ("master",) if alone else ("master", "exp_avg", "exp_avg_sq"):
             was, now = first.whole(name, kind), second.whole(name, kind)
-            if not bool((was == now).all()):
-                cells.append(f"{kind} {float((now - was).norm() / was.norm().clamp(min=1e-30)):.3e}")
+            if not bool(((was == now) | (was.isnan() & now.isnan())).all()):
+                cells.append(f"{kind} {distance(was, now)}")
         lines += [f"{name}: " + ", ".join(cells)] if cells else []
     was, now = first.extra(0), second.extra(0)
     biases = sorted(name for name in was.keys() & now.keys() if name.startswith("expert_bias"))
     return lines + [f"{name} differs" for name in biases if not bool((was[name] == now[name]).all())]
+
+
+def distance(was: "Tensor", now: "Tensor") -> str:
+    """|now - was| / |was|, over the elements that are finite in both, and how many are not."""
+    finite = was.isfinite() & now.isfinite()
+    was, now = was.where(finite, 0), now.where(finite, 0)
+    strange = int((~finite).sum())
+    rest = f" and {strange} NaN or infinite" if strange else ""
+    return f"{float((now - was).norm() / was.norm().clamp(min=1e-30)):.3e}{rest}"
 
 
 def look(folder: Path, verify: bool) -> tuple[dict[str, Any] | None, list[str]]:

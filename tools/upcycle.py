@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--text-tokens", type=int, default=65536, metavar="N", help="of it, for importance and routers")
     out.add_argument("--seq-length", type=int, default=512, metavar="N", help="tokens of one sequence of it")
     out.add_argument("--tokenizer", metavar="SPEC", help="default: the parent's")
+    out.add_argument("--allow-nonfinite", action="store_true", help="take weights that are NaN or infinite")
     out.add_argument("--receipt-tokens", type=int, default=1024, metavar="N", help="compared; 0: no receipt")
     return out
 
@@ -82,6 +83,8 @@ def upcycle(given: argparse.Namespace) -> int:
     source = Upcycled(parents, child, given.method, options, *observe(given, options, parents[0], text))
     written = write(given, source, child, target, text, parents)
     print(f"{given.method}: {summary(written)}")
+    for parent in parents:
+        print(f"parent {parent}")
     print(f"wrote {given.out}; start from it with --init-from {given.out}")
     if text.receipt_BS is None:
         return 0

@@ -81,7 +81,7 @@ def rename(old: Path, new: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder of files, a file, or a link but not what it leads to; nothing happens when there is none.
+    """Remove a folder, a file, or a link but not what it leads to; nothing happens when there is none.
 
     Of a folder the manifest goes first: half of it is no checkpoint.
     """
@@ -92,5 +92,5 @@ def remove(path: Path) -> None:
             path.unlink()
             return
         for file in sorted(path.iterdir(), key=lambda file: file.name != "manifest.json"):
-            file.unlink()
+            remove(file)
         path.rmdir()

@@ -16,7 +16,7 @@ from typing import Any
 from moe_engine.checkpoint import disk, folders
 from moe_engine.checkpoint.shard import digest_of
 from moe_engine.errors import ConfigError, DataError
-from moe_engine.host.files import size_in
+from moe_engine.host.files import size_below
 
 FORMAT = 2
 NAME = "manifest.json"
@@ -50,8 +50,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """Where a file lies that a checkpoint should hold. DataError unless it is a regular file of the folder itself."""
-    if size_in(folder, folder / name) is None:
+    """Where a file lies that a checkpoint should hold. DataError unless it is a regular file of the folder, or
+    of a folder in it."""
+    if size_below(folder, name) is None:
         raise DataError(f"{folder}: {name[:80]!r} is missing or no regular file; this is no complete checkpoint")
     return folder / name
 
@@ -66,8 +67,12 @@ def problems_of(
     problems = []
     expected = manifest["files"]
     if part == 0:
-        there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {NAME}
-        problems += [f"{folder / name}: not a file of this checkpoint" for name in sorted(there - expected.keys())]
+        held = [Path(name) for name in expected if size_below(folder, name) is not None]
+        below = {above for name in held for above in name.parents} | {Path()}
+        there = {path for sub in below for path in (folder / sub).iterdir()}
+        names = {path.relative_to(folder).as_posix() for path in there if not path.name.startswith(".")}
+        strays = names - {NAME, *expected, *map(str, below)}
+        problems += [f"{folder / name}: not a file of this checkpoint" for name in sorted(strays)]
     named = folders.NAME.fullmatch(folder.name)
     if named and int(named[1]) != manifest["step"]:
         problems.append(f"{folder}: holds step {manifest['step']}; the folder was renamed or copied")

@@ -53,7 +53,10 @@ class Partial:
         """
         if name in self.files:
             return False
-        digest, tensors = make(self.folder / name)
+        path = self.folder / name
+        if path.parent != self.folder:
+            disk.make_folder(path.parent)
+        digest, tensors = make(path)
         self.files[name] = {"digest": list(digest), "tensors": tensors}
         text = json.dumps({"identity": self.identity, "files": self.files}).encode()
         temporary = self.folder / f"{PROGRESS}.new"
@@ -69,9 +72,15 @@ class Partial:
         """The hash of every tensor that was written."""
         return {name: value for record in self.files.values() for name, value in record["tensors"].items()}
 
+    def discard(self) -> None:
+        """Remove what was written: it is not to be gone on with."""
+        disk.remove(self.folder)
+
     def publish(self) -> None:
         """Give the complete folder its name."""
         disk.remove(self.folder / PROGRESS)
-        disk.sync_folder(self.folder)
+        for folder in {self.folder, *(above for name in self.files for above in (self.folder / name).parents)}:
+            if self.folder.parent in folder.parents:
+                disk.sync_folder(folder)
         disk.rename(self.folder, self.out)
         disk.sync_folder(self.out.parent)

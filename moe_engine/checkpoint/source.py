@@ -40,6 +40,9 @@ class Source:
         self.folder, self.shapes, self.stored, self.keep_open = folder, shapes, stored, keep_open
         self._open: dict[Path, Any] = {}
 
+    def __str__(self) -> str:
+        return str(self.folder)
+
     def key(self, kind: str, stored: Stored) -> str:
         """The key of a piece in its file."""
         return f"{kind}/{stored.key}"
@@ -87,6 +90,15 @@ class Source:
     def whole(self, name: str, kind: str = "master", dtype: torch.dtype | None = torch.float32) -> Tensor:
         """The whole tensor of one kind of one weight; None: in the dtype that it is stored in."""
         return self.part(name, tuple((0, side) for side in self.shapes.get(name, ())), dtype, kind)
+
+    def elements_by_dtype(self, kind: str = "master") -> dict[str, int]:
+        """Elements by the dtype that they are stored in, torch's name of it, the most frequent first."""
+        count: dict[str, int] = {}
+        for stored in (stored for pieces in self.stored.values() for stored in pieces):
+            found = self.file(stored.file).get_slice(self.key(kind, stored)).get_dtype()
+            name = str(TORCH_OF[found]).removeprefix("torch.")
+            count[name] = count.get(name, 0) + stored.piece.length
+        return dict(sorted(count.items(), key=lambda item: -item[1]))
 
     def dtype(self, name: str, box: Box, kind: str = "master") -> torch.dtype:
         """The dtype in which a box of a weight is stored; the wider one where pieces differ."""

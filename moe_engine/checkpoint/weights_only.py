@@ -16,6 +16,7 @@ from torch import Tensor
 
 import moe_engine
 from moe_engine.checkpoint import disk
+from moe_engine.checkpoint.finite import nonfinite, refusal
 from moe_engine.checkpoint.manifest import write_manifest
 from moe_engine.checkpoint.partial import Partial
 from moe_engine.checkpoint.pieces import Box, Piece, volume
@@ -39,8 +40,11 @@ class Weights(Protocol):
         ...
 
 
+WHOLE_COPY = "use a whole copy, or keep them with --allow-nonfinite (of tools/convert_hf.py and tools/upcycle.py)"
+
+
 class Written(NamedTuple):
-    """tensors: hash of each. bytes: of all tensors."""
+    """tensors: hash_of each. bytes: of all tensors."""
 
     tensors: dict[str, str]
     bytes: int
@@ -49,6 +53,11 @@ class Written(NamedTuple):
         """One hash of all tensors by name, whatever files they lie in."""
         lines = (f"{name} {self.tensors[name]}" for name in sorted(self.tensors))
         return xxhash.xxh3_128("\n".join(lines).encode()).hexdigest()
+
+    def nonfinite(self) -> dict[str, str]:
+        """The tensors that hold NaN or infinities, with how many."""
+        texts = {name: text.split(" ", 2)[2:] for name, text in self.tensors.items()}
+        return {name: rest[0] for name, rest in texts.items() if rest}
 
 
 Beat = Callable[[int], Any]  # told of the bytes of each tensor
@@ -63,8 +72,10 @@ def write_weights(
     out: Path,
     identity: Any,
     beat: Beat = lambda n: None,
+    allow_nonfinite: bool = True,
 ) -> Written:
     """Write the checkpoint `out`, which must not exist; an interrupted one of the same `identity` is gone on with.
+    DataError for NaN and infinities unless they are allowed; the manifest names those that were.
 
     files: for each file the pieces of weights in it, whole boxes, under the names that their hashes are kept by.
     side: files that go along. came: "family" and "layout" of the Hugging Face folder, if any.
@@ -75,8 +86,9 @@ def write_weights(
     for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
         if not partial.write(rank_file(number), _maker(source, file, beat)):
             beat(sum(size.values()))
-    for name, content in side.items():
-        partial.write(name, lambda path, content=content: (write_bytes(path, content), {}))
+    for name in side:
+        partial.write(name, lambda path, name=name: (write_bytes(path, side[name]), {}))
+    found = nonfinite_in(partial, source, allow_nonfinite)
     write_manifest(
         partial.folder,
         {
@@ -90,7 +102,8 @@ def write_weights(
             "versions": {"moe_engine": moe_engine.__version__, "torch": torch.__version__},
             "weights": {name: list(shape) for name, shape in source.shapes.items()},
             "files": {name: record["digest"] for name, record in partial.files.items()},
-        },
+        }
+        | ({"nonfinite": found} if found else {}),
     )
     partial.publish()
     return Written(partial.tensors(), sum(sum(each.values()) for each in sizes))
@@ -119,9 +132,21 @@ def _maker(source: Weights, pieces: Mapping[str, Piece], beat: Beat) -> Callable
 
 
 def hash_of(tensor: Tensor) -> str:
-    """xxh3 (128 bits) of the bytes of a tensor, with its dtype."""
+    """xxh3 (128 bits) of the bytes of a tensor, with its dtype, and with how many of its numbers are not finite if any
+    is."""
     flat = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
-    return f"{xxhash.xxh3_128(flat).hexdigest()} {str(tensor.dtype).removeprefix('torch.')}"
+    name = str(tensor.dtype).removeprefix("torch.")
+    return f"{xxhash.xxh3_128(flat).hexdigest()} {name} {nonfinite(tensor)}".rstrip()
+
+
+def nonfinite_in(partial: Partial, source: object, allowed: bool) -> dict[str, str]:
+    """The tensors written that hold NaN or infinities, with how many; DataError, and nothing is left, unless that is
+    allowed."""
+    found = Written(partial.tensors(), 0).nonfinite()
+    if found and not allowed:
+        partial.discard()
+        raise refusal(source, found, WHOLE_COPY)
+    return found
 
 
 def digests_of(side: Mapping[str, bytes]) -> dict[str, str]:

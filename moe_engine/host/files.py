@@ -16,6 +16,20 @@ def size_in(folder: Path, path: Path) -> int | None:
     return status.st_size if status and stat.S_ISREG(status.st_mode) else None
 
 
+def size_below(folder: Path, name: str) -> int | None:
+    """size_in of "file" or "sub/file": of a regular file in `folder` or below, with no link or hidden folder on the
+    way."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or any(part.startswith(".") for part in parts[:-1]):
+        return None
+    try:
+        if any(folder.joinpath(*parts[:count]).is_symlink() for count in range(1, len(parts))):
+            return None
+    except (OSError, ValueError):
+        return None
+    return size_in((folder / name).parent, folder / name)
+
+
 def obstacle(folder: Path) -> Path | None:
     """What is in the way of writing to a folder, be it there or not: the nearest path above it that exists, if that is
     no folder or lets nothing be written. None if nothing is."""

@@ -29,8 +29,7 @@ def start_lines(run: Run, checkpoint: tuple[Path, dict[str, Any]] | None) -> lis
     if run.train.export_hf:
         from moe_engine.checkpoint.hf.export import check_exportable
 
-        came_from = Path(run.train.init_from) if run.train.init_from else None
-        check_exportable(run.model, Path(run.train.export_hf), came_from)
+        check_exportable(run)
         lines.append(f"export      {run.train.export_hf}, when the run ends")
     return lines
 
@@ -77,13 +76,18 @@ def weight_warnings(run: Run) -> list[str]:
     they cannot be its weights."""
     if not run.train.init_from:
         return []
-    from moe_engine.checkpoint.hf.first import changes_of, check_shapes, open_weights
+    from moe_engine.checkpoint.hf.first import changes_of, check_shapes, let_in, open_weights
+    from moe_engine.checkpoint.hf.folder import HfFolder
     from moe_engine.checkpoint.hf.table import weight_shapes
 
     folder = Path(run.train.init_from)
     source = open_weights(folder)
     check_shapes(source, weight_shapes(run.model))
     lines = changes_of(source, run.model)
+    if found := let_in(source):
+        lines.append(f"{folder} holds NaN or infinite numbers: {'; '.join(f'{k}: {v}' for k, v in found.items())}")
+    if isinstance(source, HfFolder) and source.unread:
+        lines.append(f"there is more than one set of weights in {source}")
     if not run.data.domains and not run.data.tokenizer and any((folder / name).exists() for name in TOKENIZERS):
         lines.append(f"no --data is given: the run reads Python's sources as bytes, which are other tokens in {folder}")
     return lines

@@ -19,7 +19,7 @@ from moe_engine.checkpoint.agreement import together
 from moe_engine.checkpoint.compare import differences
 from moe_engine.checkpoint.folders import folder_of, set_aside
 from moe_engine.checkpoint.hf.carried import keep_for_run
-from moe_engine.checkpoint.hf.first import open_weights
+from moe_engine.checkpoint.hf.first import check_finite, open_weights
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.manifest import NAME, read_manifest
 from moe_engine.checkpoint.reader import Reader, agreed_steps, check_resume, choose, verify
@@ -213,7 +213,7 @@ def resume(trainer: Trainer) -> tuple[int, int]:
     trainer.loader.load_state(manifest["data"])
     load_state(trainer.engine, trainer.mesh, folder, beat)
     if folder.parent.resolve() != root.resolve():  # of another run, whose files go along
-        together(lambda: keep_for_run(folder, Path(trainer.run.train.out)), world, everywhere=False)
+        together(lambda: keep_for_run(Reader(folder), Path(trainer.run.train.out)), world, everywhere=False)
     log.info(f"resumed from {folder}: {manifest['step']} steps done")
     later = [step for step in there if step > manifest["step"]]  # damaged, or of a past that the run leaves now
     together(lambda: leave(trainer, later), world, everywhere=False)
@@ -230,10 +230,12 @@ def start_from(trainer: Trainer, path: Path) -> None:
         raise DataError("; ".join(problems))
     opened: list[HfFolder | Reader] = []
     together(lambda: opened.append(open_weights(path)), world)
-    together(lambda: load_weights(trainer.engine, opened[0], beat), world)
+    found: list[str] = []
+    together(lambda: found.extend(load_weights(trainer.engine, opened[0], beat)), world)
+    check_finite(opened[0], found, world)
     trainer.engine.weights_from_masters()
-    together(lambda: keep_for_run(path, Path(trainer.run.train.out)), world, everywhere=False)
-    trainer.log.info(f"started with the weights of {path}")
+    together(lambda: keep_for_run(opened[0], Path(trainer.run.train.out)), world, everywhere=False)
+    trainer.log.info(f"started with the weights of {opened[0]}")
 
 
 def leave(trainer: Trainer, steps: list[int]) -> None:

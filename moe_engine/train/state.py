@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import moe_engine
+from moe_engine.checkpoint.finite import nonfinite
 from moe_engine.checkpoint.hf.first import check_shapes
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import Reader
@@ -96,20 +97,24 @@ def load_state(engine: ZeroEngine, mesh: Mesh, folder: Path, beat: Callable[[], 
 
 
 @torch.no_grad()
-def load_weights(engine: ZeroEngine, source: Source, beat: Callable[[], None] = lambda: None) -> None:
-    """Fill the masters from a source that holds a model of the same shapes; each rank reads its own elements.
+def load_weights(engine: ZeroEngine, source: Source, beat: Callable[[], None] = lambda: None) -> list[str]:
+    """Fill the masters from a source that holds a model of the same shapes; each rank reads its own elements. Returns
+    the weights in which they are not all finite.
 
     ConfigError names the weights that differ. What forward reads follows by `engine.weights_from_masters`, collective.
     """
-    by_name = {name: p for p, name in engine.names.items()}
+    by_name, found = {name: p for p, name in engine.names.items()}, list[str]()
     check_shapes(source, {name: tuple(note_of(p).shape) for name, p in by_name.items()})
     for owned in engine.owned():
         beat()
         source.fill("master", piece_of(owned, by_name[owned.name]), owned.master)
+        if nonfinite(owned.master):
+            found.append(owned.name)
     biases = source.extra(0) if isinstance(source, Reader) else {}
     for i, router in enumerate(engine.routers):
         if router.expert_bias is not None and f"expert_bias/{i}" in biases:
             router.expert_bias.copy_(biases[f"expert_bias/{i}"])
+    return found
 
 
 def piece_of(owned: OwnedSlice, parameter: torch.Tensor) -> Piece:

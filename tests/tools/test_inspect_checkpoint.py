@@ -1,13 +1,18 @@
 """What the tool says about a run's checkpoints, whole, damaged and compared."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_engine.checkpoint.folders import steps_in
+from moe_engine.checkpoint.hf.folder import HfFolder
+from moe_engine.checkpoint.hf.read import read_hf
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.loop import fit
+from tests.checkpoint.hf.small import save, tensors_of, theirs
 from tests.train.small import loop_run, trainer_of
 from tools.faults.arena import make_corpus
 from tools.inspect_checkpoint import main
@@ -72,3 +77,51 @@ def test_damage(out: Path, capsys: pytest.CaptureFixture[str]):
 def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code, text = said(capsys, tmp_path)
     assert code == 78 and "no checkpoint there; give a run's --out" in text
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two imports that differ in one weight by all of it; the second holds a NaN as well."""
+    home, model = tmp_path_factory.mktemp("imported"), theirs("mixtral").bfloat16()
+    read_hf(HfFolder(save(model, home / "a-hf")), home / "a")
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight").mul_(2.0)
+        model.get_parameter("lm_head.weight")[0, 0] = float("nan")
+    read_hf(HfFolder(save(model, home / "b-hf")), home / "b", allow_nonfinite=True)
+    return [home / "a", home / "b"]
+
+
+def test_case_13_weights_alone_are_inspected(imported: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """What convert_hf.py import and upcycle.py write: no optimizer, no data, no settings."""
+    total = sum(tensor.numel() for tensor in tensors_of(imported[0].with_name("a-hf")).values())
+    code, text = said(capsys, imported[0])
+    assert code == 0 and "weights alone: a run starts from it with --init-from" in text
+    assert f"{total:,} parameters in bfloat16\n" in text and "came as      mixtral, per-expert" in text
+    code, text = said(capsys, imported[0], "--verify", "--weights")
+    assert code == 0 and "every checksum holds" in text and "[4, 2, 24, 32]" in text
+    assert "not finite   lm_head.weight: 1 NaN of 3072" in said(capsys, imported[1])[1]
+
+
+def test_case_13_weights_alone_are_compared(
+    imported: list[Path], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = imported
+    assert said(capsys, a, a, "--values") == (0, "the same, byte for byte\n")
+    assert said(capsys, b, b, "--values") == (0, "the same, byte for byte\n"), "a NaN is where a NaN was"
+    code, text = said(capsys, a, b, "--values")
+    assert code == 1 and "norm.weight: master 1.000e+00\n" in text
+    assert "head.weight: master 0.000e+00 and 1 NaN or infinite\n" in text
+    assert text.count("\n") == 2, "nothing else differs"
+    code, text = said(capsys, out / "checkpoints" / "step-00000002", a, "--values")
+    assert code == 1 and "hf: None -> {'family': 'mixtral'" in text and "embedding.weight: shape" in text
+
+
+def test_case_13_damaged_weights_alone_are_said(
+    imported: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a"
+    shutil.copytree(imported[0], folder)
+    (folder / "rank-00000.safetensors").write_bytes(b"")
+    for more in ([], ["--verify"]):
+        code, text = said(capsys, folder, *more)
+        assert code == 65 and "rank-00000.safetensors: 0 bytes, written with" in text and "Traceback" not in text

@@ -1,6 +1,8 @@
 """A run that starts with weights: every rank holds the folder's elements, the first loss is that of transformers."""
 
+import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from moe_engine.checkpoint.hf.export import Wishes, check_exportable, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.read import read_hf
 from moe_engine.checkpoint.reader import Reader
@@ -19,6 +22,7 @@ from moe_engine.log import read_rows
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import note_of
+from moe_engine.plan.start import weight_warnings
 from moe_engine.train.loop import fit, resume
 from tests.checkpoint.hf.small import save, tensors_of, theirs, transformers
 from tests.train.small import loop_run, part_of, trainer_of
@@ -194,3 +198,134 @@ def test_other_shapes_are_refused_and_side_files_of_another_start_go(hf: Path, c
     assert (out / "hf" / "vocab.json").exists()
     assert alone(run_from(hf, corpus, out, (1, 1, 1)))[0] == ""
     assert not (out / "hf" / "vocab.json").exists() and (out / "hf" / "tokenizer.model").exists()
+
+
+def refusals(run: Run, layout: Layout) -> list[str]:
+    """What every rank is told when the run starts; empty where it does."""
+
+    def on_rank(rank: int) -> str:
+        trainer = trainer_of(run, build_mesh(*layout))
+        try:
+            resume(trainer)
+        except EngineError as error:
+            return f"{error.exit_code} {error}"
+        return ""
+
+    return run_on_ranks(on_rank, layout[0] * layout[1] * layout[2])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    return theirs("llama", vocab_size=264)
+
+
+def test_case_01_a_run_starts_with_the_set_that_transformers_loads(
+    llama: nn.Module, corpus: Path, tmp_path: Path
+) -> None:
+    other = theirs("llama", vocab_size=264)
+    with torch.no_grad():
+        other.get_parameter("model.norm.weight").mul_(3)
+    source = save(other, tmp_path / "two")
+    save(llama, source, shard="1GB")
+    run = run_from(source, corpus, tmp_path / "out", (1, 1, 1))
+    refused, found = alone(run)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert refused == "" and (found["norm.weight"] == loaded.model.norm.weight.detach().numpy()).all()
+    (line,) = [line for line in weight_warnings(run) if "more than one set" in line]
+    assert line.endswith("(model.safetensors; not read: model.safetensors.index.json)")
+
+
+def test_case_07_a_run_keeps_what_goes_along_and_its_export_has_it(
+    llama: nn.Module, corpus: Path, tmp_path: Path
+) -> None:
+    source = save(llama, tmp_path / "source")
+    files = {"additional_chat_templates/tool_use.jinja": b"{{ x }}", "LICENSE.md": b"mine", "modeling_x.py": b"1 / 0"}
+    for name, content in files.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(content)
+    (source / "config.json").rename(source / "real.json")
+    (source / "config.json").symlink_to("real.json")
+    read_hf(HfFolder(source), tmp_path / "imported")
+    for start in ("source", "imported"):
+        out = tmp_path / f"of-{start}"
+        run = run_from(source, corpus, out, (1, 1, 1), train={"init_from": str(tmp_path / start)})
+        run_on_ranks(lambda rank, run=run: fit(trainer_of(run, build_mesh(1, 1, 1))), 1)
+        export_checkpoint(out / "checkpoints" / "step-00000001", tmp_path / f"{start}-again", Wishes())
+        for name in [*files, "tokenizer.model", "config.json", "real.json"]:
+            for folder in (out / "hf", tmp_path / f"{start}-again"):
+                assert (folder / name).read_bytes() == (source / name).read_bytes(), name
+
+
+def test_case_07_a_folder_of_weights_in_the_place_of_what_goes_along_is_not_removed(
+    llama: nn.Module, corpus: Path, tmp_path: Path
+) -> None:
+    """--init-from OUT/hf, say; and an earlier export that was written to OUT/hf."""
+    source = save(llama, tmp_path / "out" / "hf")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    assert refusals(run_from(source, corpus, tmp_path / "out", (1, 1, 1)), (1, 1, 1)) == [""]
+    afresh = run_from(source, corpus, tmp_path / "out", (1, 1, 1), train={"init_from": None})
+    assert re.search(r"78 .*hf holds weights, and a run keeps other files there", refusals(afresh, (1, 1, 1))[0])
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_case_07_no_export_goes_where_the_run_keeps_what_goes_along(
+    llama: nn.Module, corpus: Path, tmp_path: Path
+) -> None:
+    """OUT/hf is there when the run ends, and the export would be refused then."""
+    source = save(llama, tmp_path / "source")
+    for name, problem in (("hf", "the run keeps tokenizer files"), ("final", "")):
+        train = {"export_hf": str(tmp_path / "out" / ".." / "out" / name)}
+        run = run_from(source, corpus, tmp_path / "out", (1, 1, 1), train=train)
+        with pytest.raises(EngineError, match=problem) if problem else nullcontext():
+            check_exportable(run)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (2, 1, 1),
+        pytest.param((1, 1, 1), marks=pytest.mark.slow),
+        pytest.param((1, 1, 2), marks=pytest.mark.slow),
+        pytest.param((2, 1, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_case_08_a_run_does_not_start_with_nan(layout: Layout, corpus: Path, tmp_path: Path) -> None:
+    """Every rank says the same, of whole tensors, whoever holds the elements."""
+    model = theirs("llama", vocab_size=264)
+    with torch.no_grad():
+        model.get_parameter("model.layers.2.mlp.up_proj.weight")[39, 31] = float("inf")
+        model.get_parameter("model.embed_tokens.weight")[[0, 263], 0] = float("nan")
+    source = save(model, tmp_path / "source")
+    told = refusals(run_from(source, corpus, tmp_path / "out", layout, zero=1), layout)
+    assert len(set(told)) == 1, told
+    assert re.search(r"^65 .*2 tensors hold NaN or infinite numbers; .* import --allow-nonfinite", told[0]), told
+    assert "model.embed_tokens.weight: 2 NaN of 8448" in told[0]
+    assert "model.layers.2.mlp.up_proj.weight: 1 infinite of 1280" in told[0]
+    imported = tmp_path / "imported"
+    read_hf(HfFolder(source), imported, allow_nonfinite=True)
+    run = run_from(source, corpus, tmp_path / "out", layout, zero=1, train={"init_from": str(imported)})
+    assert set(refusals(run, layout)) == {""}
+    (line,) = [line for line in weight_warnings(run) if "NaN or infinite" in line]
+    assert "model.embed_tokens.weight: 2 NaN of 8448" in line
+
+
+@pytest.mark.parametrize(("said", "through"), [(None, "folder"), ("auto", "checkpoint")])
+def test_case_11c_a_run_is_exported_in_the_dtype_of_the_tensors_it_began_from(
+    said: str | None, through: str, corpus: Path, tmp_path: Path
+) -> None:
+    """Where config.json says nothing of it, or nothing that is a dtype; the run computes in fp32."""
+    source = save(theirs("llama", vocab_size=264).bfloat16(), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config.pop("dtype")
+    (source / "config.json").write_text(json.dumps(config if said is None else config | {"dtype": said}))
+    start = source
+    if through == "checkpoint":
+        start = tmp_path / "imported"
+        read_hf(HfFolder(source), start)
+    run = run_from(source, corpus, tmp_path / "out", (1, 1, 1), train={"init_from": str(start)})
+    run_on_ranks(lambda rank: fit(trainer_of(run, build_mesh(1, 1, 1))), 1)
+    export_checkpoint(tmp_path / "out" / "checkpoints" / "step-00000001", tmp_path / "again", Wishes())
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "again").values()} == {torch.bfloat16}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert loaded.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -130,7 +130,8 @@ def idle(given: argparse.Namespace) -> Iterator[str]:
 
 def parents_of(given: argparse.Namespace) -> "list[HfFolder]":
     """The dense models: --hf, and for mix --models; ConfigError or DataError for those that do not serve."""
-    parents = [_opened("--hf", given.hf), *(_opened("--models", path) for path in given.models)]
+    named = [("--hf", given.hf), *(("--models", path) for path in given.models)]
+    parents = [_opened(flag, path, given.allow_nonfinite) for flag, path in named]
     first, *others = parents
     for other in others:
         if other.model != first.model:
@@ -169,11 +170,11 @@ def in_flags() -> Iterator[None]:
         refuse(re.sub(pattern, lambda found: spelled(found[1] or found[2]), line) for line in lines)
 
 
-def _opened(flag: str, path: Path) -> "HfFolder":
-    from moe_engine.checkpoint.hf.folder import HfFolder
+def _opened(flag: str, path: Path, allow_nonfinite: bool) -> "HfFolder":
+    from tools.upcycling.source import Parent
 
     try:
-        folder = HfFolder(path)
+        folder = Parent(path, allow_nonfinite)
     except EngineError as error:
         text = str(error)
         raise type(error)(f"{flag} {text}" if text.startswith(str(path)) else f"{flag} {path}: {text}") from None

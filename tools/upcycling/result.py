@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_engine.checkpoint.hf.carried import side_files
 from moe_engine.checkpoint.hf.export import open_checkpoint
 from moe_engine.checkpoint.hf.families import TABLES
 from moe_engine.checkpoint.hf.folder import HfFolder
@@ -42,7 +41,7 @@ def hf_target(given: argparse.Namespace, child: Model, parent: HfFolder) -> Targ
         raise ConfigError(
             f"--format hf: {why}; --format checkpoint holds every model, --family llama_moe_v2 some that are no Mixtral"
         ) from None
-    return Target(family, next(iter(TABLES[family])), side=side_files(parent.folder), shard_bytes=shard_bytes(given))
+    return Target(family, next(iter(TABLES[family])), side=parent.side, shard_bytes=shard_bytes(given))
 
 
 def shard_bytes(given: argparse.Namespace) -> int:
@@ -58,10 +57,10 @@ def write(
     identity = [[identity_of(parent) for parent in parents], flags, read_so_far(text)]
     with bar(None, given.method) as beat:
         if target is not None:
-            return write_hf(source, child, target, given.out, identity, beat)
+            return write_hf(source, child, target, given.out, identity, beat, given.allow_nonfinite)
         return write_weights(
-            source, child, files_of(source, shard_bytes(given)), side_files(parents[0].folder), {}, given.out, identity,
-            beat,
+            source, child, files_of(source, shard_bytes(given)), parents[0].side, {}, given.out, identity,
+            beat, given.allow_nonfinite,
         )  # fmt: skip
 
 

@@ -5,19 +5,36 @@ from the dense parent's folder; what is left alone is read from there, or, of se
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moe_engine.checkpoint.finite import nonfinite, refusal
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.table import weight_shapes
-from moe_engine.checkpoint.pieces import Box
+from moe_engine.checkpoint.pieces import Box, Piece
+from moe_engine.checkpoint.weights_only import WHOLE_COPY
 from moe_engine.config import Model
 from moe_engine.upcycle import METHODS, Options, attention, mix
 from moe_engine.upcycle.layer import Dense
 from moe_engine.upcycle.transplant import attention_weights, routed_weights
 
 RouterRows = Callable[[int, int], Tensor]  # (layer, experts) -> [experts, D]
+
+
+class Parent(HfFolder):
+    """A dense folder that is read once and checked on the way: unless `allow_nonfinite`, what it gives is finite."""
+
+    def __init__(self, folder: Path, allow_nonfinite: bool):
+        super().__init__(folder)
+        self.allow_nonfinite = allow_nonfinite
+
+    def fill(self, kind: str, wanted: Piece, out: Tensor) -> None:
+        """As that of any source; DataError says how many of the weight's numbers are NaN or infinite."""
+        super().fill(kind, wanted, out)
+        if not self.allow_nonfinite and (said := nonfinite(out)):
+            raise refusal(self, {wanted.name: said}, WHOLE_COPY)
 
 
 class Upcycled:
@@ -41,6 +58,9 @@ class Upcycled:
         self.router, self.attention_router, self.scores = router, attention_router, scores
         self.shapes: Mapping[str, tuple[int, ...]] = weight_shapes(child)
         self._layer, self._made = -1, dict[str, Tensor]()
+
+    def __str__(self) -> str:
+        return f"the {self.method} of {self.parents[0]}"
 
     def part(self, name: str, box: Box, dtype: torch.dtype | None = None) -> Tensor:
         """The elements of a box of one weight."""

@@ -1,49 +1,78 @@
-"""What a Hugging Face folder holds beside weights, kept byte for byte from the first folder to the last.
+"""The files that go along with weights, from the folder that they came in to the last that is made of them.
 
-An imported checkpoint has these files among its own; a run that starts from such a folder keeps them in OUT/hf.
+An imported checkpoint has them among its own files; a run that starts from such a folder keeps them in OUT/hf.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from moe_engine.checkpoint import disk
-from moe_engine.checkpoint.hf.folder import CONFIG, blob_of
-from moe_engine.host.files import size_in
+from moe_engine.checkpoint.hf.contents import CONFIG, SideFiles, contents_of, is_weights
+from moe_engine.checkpoint.hf.folder import HfFolder
+from moe_engine.checkpoint.manifest import NAME, file_in, read_manifest
+from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.shard import SUFFIX
+from moe_engine.config_hf import dtype_of, spelling_of
+from moe_engine.config_report import shown
+from moe_engine.errors import ConfigError, DataError
 
-NAMES = (
-    *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"),
-)
-CODE = ("configuration_*.py", "modeling_*.py")  # what auto_map names; it is copied and never run
-MAX_BYTES = 1 << 28  # a tokenizer has tens of megabytes
 OF_A_RUN = "hf"  # the folder of a run that holds them
 
 
-def side_files(folder: Path) -> dict[str, bytes]:
-    """The files of a folder that go along with its weights; a link of the hub's cache is read as what it leads to."""
-    out = {}
-    code = sorted(path.name for pattern in CODE for path in folder.glob(pattern))
-    for name in (*NAMES, *code):
-        path = folder / name
-        real = blob_of(folder, path) or path
-        size = size_in(real.parent, real)
-        if size is not None and size <= MAX_BYTES:
-            out[name] = real.read_bytes()
-    return out
+def of_checkpoint(folder: Path) -> SideFiles:
+    """The side files of a checkpoint: its own, or those that its run keeps; none for a run that began from nothing. Of
+    a Hugging Face folder, its own; of one that is gone, none."""
+    if not (folder / NAME).is_file():
+        return contents_of(folder).side if folder.is_dir() else SideFiles({})
+    own = {name: file_in(folder, name) for name in read_manifest(folder)["files"] if not name.endswith(SUFFIX)}
+    kept = folder.resolve().parent.parent / OF_A_RUN
+    return SideFiles(own) if own or not kept.is_dir() else contents_of(kept).side
 
 
-def keep_for_run(source: Path | None, out: Path) -> None:
-    """Copy them to OUT/hf, so that every checkpoint of the run can be exported with them; None: there are none."""
-    files = of_checkpoint(source) if source else {}
-    disk.remove(out / OF_A_RUN)  # of an earlier start
-    if not files:
+def carried_config(side: Mapping[str, bytes]) -> dict[str, Any]:
+    """The config.json among the files that go along; empty without one. DataError when it cannot be read."""
+    try:
+        carried = json.loads(side.get(CONFIG, b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the config.json that came with the weights is no JSON ({error})") from None
+    if not isinstance(carried, dict):
+        raise DataError(f"the config.json that came with the weights holds {shown(carried)}, expected a mapping")
+    return carried
+
+
+def keep_for_run(source: HfFolder | Reader | None, out: Path) -> None:
+    """Copy them to OUT/hf, so that every checkpoint of the run can be exported with them; None: there are none.
+
+    Where config.json is silent on it, the dtype of the weights is added: the masters of a run are fp32.
+    """
+    kept, made = out / OF_A_RUN, out / f"{OF_A_RUN}.new"
+    if source is not None and source.folder.resolve() == kept.resolve():
         return
-    disk.make_folder(out / OF_A_RUN)
-    for name, content in files.items():
-        disk.write_file(out / OF_A_RUN / name, [content])
+    if any(is_weights(path.name) for path in kept.rglob("*")):
+        raise ConfigError(f"{kept} holds weights, and a run keeps other files there: move it, or choose another --out")
+    side = side_of(source) if source else {}
+    disk.remove(made)
+    for name in side:
+        path = made / name
+        disk.make_folder(path.parent)
+        disk.write_file(path, [with_dtype(source, side) if name == CONFIG else side[name]])
+    disk.remove(kept)  # of an earlier start
+    if side:
+        disk.rename(made, kept)
 
 
-def of_checkpoint(folder: Path) -> dict[str, bytes]:
-    """The side files of a checkpoint: its own, or those that its run keeps; none for a run that began from nothing."""
-    own = side_files(folder)
-    return own or side_files(folder.resolve().parent.parent / OF_A_RUN)
+def side_of(source: HfFolder | Reader) -> SideFiles:
+    """Those of an opened source."""
+    return source.side if isinstance(source, HfFolder) else of_checkpoint(source.folder)
+
+
+def with_dtype(source: HfFolder | Reader | None, side: Mapping[str, bytes]) -> bytes:
+    """config.json with the dtype of most of the weights, where it gave none and the source is not of a run."""
+    config = carried_config(side)
+    if source is None or dtype_of(config) or (isinstance(source, Reader) and "hf" not in source.manifest):
+        return side[CONFIG]
+    key = "dtype" if spelling_of(config) > 4 else "torch_dtype"
+    config[key] = next(iter(source.elements_by_dtype()))
+    return (json.dumps(config, indent=2) + "\n").encode()

@@ -1,18 +1,19 @@
 """A checkpoint, imported or of a run, to a Hugging Face folder: what is written when nobody says otherwise."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from moe_engine.checkpoint.hf.carried import of_checkpoint
+from moe_engine.checkpoint.hf.carried import OF_A_RUN, carried_config, of_checkpoint
 from moe_engine.checkpoint.hf.families import TABLES
-from moe_engine.checkpoint.hf.write import Target, carried_config, refuse_biases, write_hf
+from moe_engine.checkpoint.hf.write import Target, refuse_biases, write_hf
 from moe_engine.checkpoint.manifest import NAME, problems_of
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.weights_only import Beat, Written
-from moe_engine.config import Model
+from moe_engine.config import Model, Run
 from moe_engine.config_hf import FAMILIES, came_as, differences, dtype_of, family_of, model_from_hf
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import obstacle
@@ -26,6 +27,7 @@ class Wishes(NamedTuple):
     dtype: str | None = None
     version: int | None = None
     shard_gb: float = 5.0
+    allow_nonfinite: bool = False
 
 
 def open_checkpoint(folder: Path, verify: bool = True) -> tuple[Reader, Model]:
@@ -38,17 +40,20 @@ def open_checkpoint(folder: Path, verify: bool = True) -> tuple[Reader, Model]:
     return reader, Model.model_validate(reader.manifest["run"]["model"])
 
 
-def check_exportable(model: Model, out: Path, came_from: Path | None) -> None:
-    """ConfigError when a run with this model could not be exported to `out`; before it starts."""
-    refuse_biases(model)
-    usual_family(model, of_checkpoint(came_from) if came_from else {})
+def check_exportable(run: Run) -> None:
+    """ConfigError when the weights of a run could not be exported to its export_hf; before it starts."""
+    out, came_from = Path(run.train.export_hf or ""), run.train.init_from
+    refuse_biases(run.model)
+    usual_family(run.model, of_checkpoint(Path(came_from)) if came_from else {})
     if out.exists():
         raise ConfigError(f"--export-hf {out} exists; remove it or choose another name")
+    if out.resolve() == Path(run.train.out, OF_A_RUN).resolve():
+        raise ConfigError(f"--export-hf {out}: the run keeps tokenizer files and the like there; choose another name")
     if above := obstacle(out):
         raise ConfigError(f"--export-hf {out}: {above} cannot be written to; choose another folder")
 
 
-def usual_family(model: Model, side: dict[str, bytes]) -> str:
+def usual_family(model: Model, side: Mapping[str, bytes]) -> str:
     """The family that a model came in, if it still is of it, or the first that holds it."""
     carried = carried_config(side)
     if came_as(carried) == "llama_moe_v2" and not differences(model, model_from_hf(carried)):
@@ -62,10 +67,10 @@ def export_checkpoint(
     """Write `out` from a checkpoint; see write_hf. verify: False for one that was written a moment ago."""
     reader, model = open_checkpoint(folder, verify)
     target = target_of(reader.manifest, model, of_checkpoint(folder), wishes)
-    return target, write_hf(reader, model, target, out, reader.manifest["files"], beat)
+    return target, write_hf(reader, model, target, out, reader.manifest["files"], beat, wishes.allow_nonfinite)
 
 
-def target_of(manifest: dict[str, Any], model: Model, side: dict[str, bytes], wishes: Wishes) -> Target:
+def target_of(manifest: dict[str, Any], model: Model, side: Mapping[str, bytes], wishes: Wishes) -> Target:
     """Family, layout and dtype: wished for, or as the weights came, or the usual."""
     came = manifest.get("hf", {})
     family = wishes.family or came.get("family") or usual_family(model, side)
@@ -74,7 +79,7 @@ def target_of(manifest: dict[str, Any], model: Model, side: dict[str, bytes], wi
     layouts = list(TABLES[family])
     layout = wishes.layout or (came.get("layout") if came.get("layout") in layouts else layouts[0])
     dtype = wishes.dtype
-    if dtype is None and not came:  # masters are fp32, whatever the run computed in
+    if dtype is None and "hf" not in manifest:  # masters are fp32, whatever the run computed in
         run = "bfloat16" if manifest["run"]["train"]["precision"] == "bf16" else "float32"
         dtype = dtype_of(carried_config(side)) or run
     if not 0 < wishes.shard_gb < math.inf:

@@ -1,8 +1,13 @@
 """The weights that a new run starts with: of a Hugging Face folder, or of a checkpoint."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
+from moe_engine.checkpoint.agreement import together
+from moe_engine.checkpoint.finite import nonfinite, refusal
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.manifest import NAME
 from moe_engine.checkpoint.reader import Reader
@@ -10,6 +15,10 @@ from moe_engine.checkpoint.source import Source
 from moe_engine.config import Model
 from moe_engine.config_hf import differences
 from moe_engine.errors import ConfigError
+from moe_engine.parallel.collectives import gather_bytes
+from moe_engine.parallel.mesh import Axis
+
+REMEDY = "use a whole copy, or start with what tools/convert_hf.py import --allow-nonfinite makes of a folder"
 
 
 def open_weights(path: Path) -> HfFolder | Reader:
@@ -34,3 +43,33 @@ def check_shapes(source: Source, ours: Mapping[str, tuple[int, ...]]) -> None:
             f"{source.folder}: {len(names)} weights are not those of the model, {first} for one is {theirs.get(first)} "
             f"there and {ours.get(first)} in the run; leave --model out to take the model of that folder"
         )
+
+
+def check_finite(source: HfFolder | Reader, found: list[str], world: Axis) -> None:
+    """DataError on all ranks when any of them `found` weights with NaN or infinities, unless they were let in when the
+    checkpoint was made. Collective; the good case reads nothing again."""
+    names = {name for part in gather_bytes(json.dumps(found).encode(), world) for name in json.loads(part)}
+
+    def refuse() -> None:
+        raise refusal(source, count_in(source, sorted(names)), REMEDY)
+
+    if names and not let_in(source):
+        together(refuse, world, everywhere=False)
+
+
+def let_in(source: HfFolder | Reader) -> dict[str, str]:
+    """The tensors of a checkpoint that hold NaN or infinities, as who made it wished."""
+    return source.manifest.get("nonfinite", {}) if isinstance(source, Reader) else {}
+
+
+def count_in(source: Source, weights: list[str]) -> dict[str, str]:
+    """`nonfinite` of these weights in fp32; of a Hugging Face folder by the names of its tensors."""
+    found: dict[str, str] = {}
+    for name in weights:
+        boxes = {name: tuple((0, side) for side in source.shapes[name])}
+        if isinstance(source, HfFolder):
+            boxes = {stored.key: stored.piece.box for stored in source.stored[name]}
+        for label, box in boxes.items():
+            if said := nonfinite(source.part(name, box, torch.float32)):
+                found[label] = said
+    return found

@@ -1,23 +1,21 @@
 """A Hugging Face folder, opened as a source of weights: looked at whole before anything is taken from it.
 
-    config.json                       what the model is
-    model.safetensors                 all tensors, or, for larger models,
-    model.safetensors.index.json      {"weight_map": {tensor: file}} and the files that it names
-
-Refused, with every reason at once: files that are missing, cut short, or lead out of the folder; tensors that the model
-does not have, or lacks; two layouts of experts in one folder; shapes and dtypes that do not fit. What the hub's cache
-links to is inside: snapshots/REVISION/FILE -> blobs/DIGEST of the same repository.
+config.json says what the model is, contents.py which files hold its tensors. Refused, with every reason at once: files
+that are missing, cut short, or lead out of the folder; tensors that the model does not have, or lacks; two layouts of
+experts in one folder; shapes and dtypes that do not fit.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moe_engine.checkpoint.hf.contents import CONFIG, INDEX, SINGLE, chosen, contents_of, regular
 from moe_engine.checkpoint.hf.families import TABLES
-from moe_engine.checkpoint.hf.table import Place, Table, places, weight_shapes
+from moe_engine.checkpoint.hf.table import Place, Shape, Table, places, weight_shapes
 from moe_engine.checkpoint.pieces import Piece, volume
 from moe_engine.checkpoint.shard import MAX_HEADER, SUFFIX, TORCH_OF, Entry
 from moe_engine.checkpoint.source import Source, Stored
@@ -26,12 +24,9 @@ from moe_engine.config_files import model_in, read_mapping
 from moe_engine.config_hf import family_in
 from moe_engine.config_report import BULLET, shown
 from moe_engine.errors import ConfigError, DataError
-from moe_engine.host.files import size_in
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPUTED = "rotary_emb.inv_freq"  # written by old versions; it follows from the configuration
 SHOWN = 5
 
@@ -39,16 +34,38 @@ SHOWN = 5
 class HfFolder(Source):
     """The weights of a Hugging Face folder under the engine's names.
 
-    config: of config.json. model, family, layout: what it is, and how its experts are written. places: of each tensor
-    on disk, in order. entries: its dtype and shape. files: where it lies.
+    config: of config.json. model, family, layout: what it is, and how its experts are written. side: the files that go
+    along. places: of each tensor on disk, in order. entries: its dtype and shape. files: where it lies. chosen: the
+    file that says so; unread: other weights that are there.
     """
 
     def __init__(self, folder: Path, keep_open: int = 1):
         self.config = read_config(folder)
+        self.chosen = chosen(folder, self.config)
         self.model: Model = model_in(folder / CONFIG, self.config)
         self.family = family_in(self.config)
-        self.files = files_of(folder)
-        self.entries: dict[str, Entry] = {}
+        self.side, weights = contents_of(folder)
+        try:
+            self.files = files_of(folder, self.chosen)
+            self.entries: dict[str, Entry] = {}
+            shapes, stored = self._look(folder)
+            super().__init__(folder, shapes, stored, keep_open)
+            self._check_tied()
+        except DataError as error:
+            if self.chosen == INDEX or not os.path.lexists(folder / INDEX):
+                raise
+            hint = f"{SINGLE} is read first, as by transformers, and {INDEX} is there too: remove the one that is stale"
+            raise DataError(f"{error}{BULLET}{hint}") from None
+        used = {self.chosen, *(path.name for path in self.files.values())}
+        self.unread = [name for name in weights if name not in used]
+
+    def __str__(self) -> str:
+        """The folder, and which of the weights in it are read."""
+        unread = f"; not read: {_some(self.unread)}" if self.unread else ""
+        return f"{self.folder} ({self.chosen}{unread})"
+
+    def _look(self, folder: Path) -> tuple[dict[str, Shape], dict[str, list[Stored]]]:
+        """Headers against the model: the weights' shapes, and the pieces that make them up."""
         problems: list[str] = []
         for path in sorted(set(self.files.values())):
             self._read_header(path, problems)
@@ -56,6 +73,9 @@ class HfFolder(Source):
             raise DataError(f"{folder}: num_hidden_layers {self.model.num_hidden_layers} of {len(self.files)} tensors")
         shapes = weight_shapes(self.model)
         self.layout, self.places = layout_of(TABLES[self.family], shapes, self.files)
+        if self.model.tie_word_embeddings and EMBEDDING not in self.files and HEAD in self.files:
+            # one tensor under either name, as in transformers
+            self.places = {HEAD if name == EMBEDDING else name: place for name, place in self.places.items()}
         problems += mismatches(self.places, self.entries)
         if problems:
             more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
@@ -64,22 +84,12 @@ class HfFolder(Source):
         for name, place in self.places.items():
             piece = Piece(place.weight, place.box, 0, volume(place.box))
             stored.setdefault(place.weight, []).append(Stored(self.files[name], name, piece))
-        super().__init__(folder, shapes, stored, keep_open)
-        self._check_tied()
+        return shapes, stored
 
     def key(self, kind: str, stored: Stored) -> str:
         """The tensor's own name; there are no moments in such a folder."""
         assert kind == "master", kind
         return stored.key
-
-    def elements_by_dtype(self) -> dict[str, int]:
-        """Elements by dtype, the most frequent first."""
-        count: dict[str, int] = {}
-        for name in self.places:
-            entry = self.entries[name]
-            kind = str(entry.dtype).removeprefix("torch.")
-            count[kind] = count.get(kind, 0) + torch.Size(entry.shape).numel()
-        return dict(sorted(count.items(), key=lambda item: -item[1]))
 
     def _read_header(self, path: Path, problems: list[str]) -> None:
         expected = {name for name, file in self.files.items() if file == path}
@@ -97,7 +107,7 @@ class HfFolder(Source):
         (head,) = spare
         embedding = next(name for name, place in self.places.items() if place.weight == "embedding.weight")
         a, b = (self.file(self.files[name]).get_tensor(name) for name in (head, embedding))
-        if not torch.equal(a, b):
+        if not bool(((a == b) | (a.isnan() & b.isnan())).all()):
             raise DataError(
                 f"{self.folder}: tie_word_embeddings is true and {head} differs from {embedding}; set it to false in "
                 "config.json to keep both"
@@ -113,16 +123,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_mapping(folder / CONFIG)
 
 
-def files_of(folder: Path) -> dict[str, Path]:
+def files_of(folder: Path, chosen: str) -> dict[str, Path]:
     """The file of each tensor, from the index; for a single file, its tensors. DataError for what may not be read."""
-    if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            other = sorted(path.name for path in folder.glob("*.bin"))
-            why = f"{other[0]} is a pickle, which is not read: save it with safe_serialization=True" if other else ""
-            raise DataError(f"{folder}: neither {SINGLE} nor {INDEX} is there; {why or 'is the download complete?'}")
+    if chosen == SINGLE:
         path = inside(folder, SINGLE)
         return {name: path for name in header_of(path) if not name.endswith(COMPUTED)}
-    text = inside(folder, INDEX).read_bytes()
+    text = regular(folder, folder / INDEX).read_bytes()
     if len(text) > MAX_HEADER:
         raise DataError(f"{folder / INDEX}: {len(text)} bytes, more than any model needs")
     try:
@@ -136,25 +142,13 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """The path of a regular file of the folder itself, or of the blob that the hub's cache links it to."""
+    """The file of a folder that its index names."""
     plain = isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
-    if not plain or not (name.endswith(SUFFIX) or name == INDEX):
+    if not plain or not name.endswith(SUFFIX):
         raise DataError(f"{folder / INDEX}: names {shown(name)}, expected the name of a .safetensors file beside it")
     path = folder / name
-    if size_in(folder, path) is not None:
-        return path
-    if blob_of(folder, path):
-        return path
-    if path.is_symlink():
-        raise DataError(f"{path}: a link to elsewhere, which is not followed; copy the file here (cp -L)")
-    raise DataError(f"{path}: missing, or no regular file; is the download complete?")
-
-
-def blob_of(folder: Path, path: Path) -> Path | None:
-    """What the hub's cache links a file to: a regular file in the blobs of the same repository. None if it is not."""
-    blobs, real = folder.resolve().parent.parent / "blobs", path.resolve()
-    hub = path.is_symlink() and folder.resolve().parent.name == "snapshots" and real.parent == blobs
-    return real if hub and size_in(blobs, real) is not None else None
+    regular(folder, path)
+    return path
 
 
 def header_of(path: Path) -> dict[str, Entry]:
@@ -204,7 +198,7 @@ def mismatches(expected: Mapping[str, Place], entries: Mapping[str, Entry]) -> l
     """What is wrong with the names and shapes of the tensors that were found, one line each."""
     problems = list(_lists("lacks", [name for name in expected if name not in entries]))
     extra = [name for name in entries if name not in expected]
-    if extra == ["lm_head.weight"] and not any(place.weight == "head.weight" for place in expected.values()):
+    if extra == [HEAD] and not any(place.weight == "head.weight" for place in expected.values()):
         extra = []  # a tied head that was stored all the same
     problems += _lists("holds what the model does not have:", extra)
     for name, place in expected.items():
@@ -215,8 +209,12 @@ def mismatches(expected: Mapping[str, Place], entries: Mapping[str, Entry]) -> l
 
 def _lists(verb: str, names: list[str]) -> Iterator[str]:
     if names:
-        rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        yield f"{verb} {', '.join(shown(name)[1:-1] for name in names[:SHOWN])}{rest}"
+        yield f"{verb} {_some(names)}"
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(shown(name)[1:-1] for name in names[:SHOWN])}{rest}"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

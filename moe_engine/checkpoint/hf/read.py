@@ -6,7 +6,6 @@ model-00003-of-00008.safetensors -> rank-00002.safetensors      keys master/0/la
 from pathlib import Path
 from typing import Any
 
-from moe_engine.checkpoint.hf.carried import side_files
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.pieces import Piece, volume
 from moe_engine.checkpoint.weights_only import Beat, Written, write_weights
@@ -18,8 +17,8 @@ def identity_of(folder: HfFolder) -> dict[str, Any]:
     return {"config": folder.config, "files": {n: [s.st_size, s.st_mtime_ns] for n, s in sorted(files.items())}}
 
 
-def read_hf(folder: HfFolder, out: Path, beat: Beat = lambda n: None) -> Written:
-    """Write the checkpoint `out`, which must not exist; an interrupted one is gone on with."""
+def read_hf(folder: HfFolder, out: Path, beat: Beat = lambda n: None, allow_nonfinite: bool = False) -> Written:
+    """Write the checkpoint `out`, which must not exist; an interrupted one is gone on with. See write_weights."""
     files = []
     for file in sorted({folder.files[name] for name in folder.places}):
         names = [name for name in folder.places if folder.files[name] == file]
@@ -27,4 +26,6 @@ def read_hf(folder: HfFolder, out: Path, beat: Beat = lambda n: None) -> Written
         pieces = [Piece(place.weight, place.box, 0, volume(place.box)) for place in places]
         files.append(dict(zip(names, pieces, strict=True)))
     came = {"family": folder.family, "layout": folder.layout}
-    return write_weights(folder, folder.model, files, side_files(folder.folder), came, out, identity_of(folder), beat)
+    return write_weights(
+        folder, folder.model, files, folder.side, came, out, identity_of(folder), beat, allow_nonfinite
+    )

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from moe_engine.checkpoint import disk
+from moe_engine.checkpoint.finite import nonfinite
+from moe_engine.checkpoint.hf.carried import carried_config
+from moe_engine.checkpoint.hf.contents import CONFIG, INDEX, SINGLE
 from moe_engine.checkpoint.hf.families import TABLES
-from moe_engine.checkpoint.hf.folder import CONFIG, INDEX, SINGLE
 from moe_engine.checkpoint.hf.table import Place, places
 from moe_engine.checkpoint.partial import Partial
 from moe_engine.checkpoint.shard import Digest, Entry, stream_shard
-from moe_engine.checkpoint.weights_only import Beat, Weights, Written, digests_of, hash_of, write_bytes
+from moe_engine.checkpoint.weights_only import Beat, Weights, Written, digests_of, hash_of, nonfinite_in, write_bytes
 from moe_engine.config import Model
 from moe_engine.config_hf import FAMILIES, came_as, dtype_of, model_from_hf, model_to_hf, spelling_of
-from moe_engine.config_report import shown
 from moe_engine.errors import ConfigError, DataError
 
 SHARD_BYTES = 5 * 10**9  # as transformers
@@ -42,12 +43,18 @@ class Target(NamedTuple):
 
 
 def write_hf(
-    source: Weights, model: Model, target: Target, out: Path, identity: Any, beat: Beat = lambda n: None
+    source: Weights,
+    model: Model,
+    target: Target,
+    out: Path,
+    identity: Any,
+    beat: Beat = lambda n: None,
+    allow_nonfinite: bool = False,
 ) -> Written:
     """Write `out`, which must not exist. identity: JSON of what `source` is, by which an interrupted run goes on.
 
     beat: told of the bytes of each tensor. ConfigError for a model that the family cannot hold, before anything is
-    written; StorageError when the disk refuses.
+    written; DataError for NaN and infinities unless they are allowed; StorageError when the disk refuses.
     """
     table = TABLES[target.family]
     if target.layout not in table:
@@ -86,25 +93,24 @@ def write_hf(
     for file, names in shards.items():
         if not partial.write(file, make(names)):
             beat(sum(entries[name].nbytes for name in names))
-    files = {CONFIG: config} | {name: content for name, content in target.side.items() if name != CONFIG}
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        files[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
-    for name, content in files.items():
-        partial.write(name, lambda path, content=content: (write_bytes(path, content), {}))
+    nonfinite_in(partial, source, allow_nonfinite)
+    made = {CONFIG: config} | ({INDEX: index_text(shards, total)} if len(shards) > 1 else {})
+    for name in {**made, **dict.fromkeys(target.side)}:
+        partial.write(name, lambda path, name=name: (write_bytes(path, made.get(name) or target.side[name]), {}))
     partial.publish()
     return Written(partial.tensors(), total)
 
 
 def read(source: Weights, place: Place, entry: Entry, scale: float) -> Tensor:
-    """One tensor as it will lie on disk. DataError where a number does not fit float16."""
+    """One tensor as it will lie on disk. DataError where a finite number becomes an infinite one."""
     if scale != 1.0 and place.weight.endswith("experts.w_down"):
         tensor = (source.part(place.weight, place.box, torch.float32) * scale).to(entry.dtype)
     else:
         tensor = source.part(place.weight, place.box, entry.dtype)
-    if entry.dtype == torch.float16 and bool(tensor.isinf().any()):
-        raise DataError(f"{place.weight}: holds numbers past float16's largest, 65504; use --dtype bfloat16")
+    if (found := nonfinite(tensor)) and found != nonfinite(source.part(place.weight, place.box)):
+        name, largest = str(entry.dtype).removeprefix("torch."), torch.finfo(entry.dtype).max
+        wider = "bfloat16" if name == "float16" else "float32"
+        raise DataError(f"{place.weight}: holds numbers past {name}'s largest, {largest:.6g}; use --dtype {wider}")
     return tensor.view(entry.shape)
 
 
@@ -132,15 +138,11 @@ def config_text(model: Model, target: Target, entries: Mapping[str, Entry]) -> b
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
-def carried_config(side: Mapping[str, bytes]) -> dict[str, Any]:
-    """The config.json among the files that go along; empty without one. DataError when it cannot be read."""
-    try:
-        carried = json.loads(side.get(CONFIG, b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the config.json that came with the weights is no JSON ({error})") from None
-    if not isinstance(carried, dict):
-        raise DataError(f"the config.json that came with the weights holds {shown(carried)}, expected a mapping")
-    return carried
+def index_text(shards: Mapping[str, list[str]], total: int) -> bytes:
+    """model.safetensors.index.json: the file of each tensor."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def cut(entries: Mapping[str, Entry], shard_bytes: int) -> dict[str, list[str]]:
