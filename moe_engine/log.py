@@ -39,9 +39,10 @@ COLLAPSE, IMBALANCE = 0.4, 2.0  # of the fair share 1/E: 5 % and 25 % of the ass
 class Logger:
     """Console, metrics.jsonl and TensorBoard of one run; create it on every rank, it speaks on the main one only.
 
-    `out` None keeps everything on the console. A progress line is printed every `log_every` steps and at the last one;
-    on a terminal a live line follows each step. Expert-load warnings come at most once per `warn_every` steps and judge
-    the mean load of these steps, not the noise of one. `out` must be writable; it is made if it is missing.
+    `out` None keeps everything on the console. A progress line is printed every `log_every` steps (0: none of these)
+    and at the last one; on a terminal a live line follows each step. Expert-load warnings come at most once per
+    `warn_every` steps and judge the mean load of these steps, not the noise of one. `out` must be writable; it is made
+    if it is missing.
     """
 
     def __init__(
@@ -172,7 +173,8 @@ class Logger:
         if self.quiet:
             return
         line = progress_line(row, self.total_steps, self._eta(row["step"]))
-        if row["step"] % self.log_every == 0 or row["step"] == self.total_steps:
+        due = self.log_every and row["step"] % self.log_every == 0
+        if due or row["step"] == self.total_steps:
             self._print(line, sys.stdout)
         elif sys.stdout.isatty():
             self._show_live(line)

@@ -33,6 +33,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from moe_engine.host.console import run_program  # noqa: E402
+
 SHARED_BYTES = {80: 167_936, 90: 233_472}  # of a processor: 164 and 228 KiB, of which each program takes 1 for itself
 REGISTERS = 65_536  # of a processor
 MATRIX_KERNELS = ("up_kernel", "down_kernel", "matmul_kernel", "dw_kernel", "router_logits_kernel")
@@ -274,4 +276,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

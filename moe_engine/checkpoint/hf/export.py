@@ -1,6 +1,7 @@
 """A checkpoint, imported or of a run, to a Hugging Face folder: what is written when nobody says otherwise."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ def check_exportable(model: Model, out: Path, came_from: Path | None) -> None:
     """ConfigError when a run with this model could not be exported to `out`; before it starts."""
     refuse_biases(model)
     usual_family(model, of_checkpoint(came_from) if came_from else {})
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"--export-hf {out} exists; remove it or choose another name")
     if above := obstacle(out):
         raise ConfigError(f"--export-hf {out}: {above} cannot be written to; choose another folder")
