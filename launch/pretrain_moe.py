@@ -57,20 +57,20 @@ def start(argv: list[str], rank: int, world: int | None) -> None:
 
 def pretrain(loaded: Loaded, rank: int) -> None:
     """The run itself: folders and data by rank 0, then every rank trains."""
+    from moe_engine.plan.open_files import allow_needed_files
+
+    allow_needed_files(loaded.run)
     from moe_engine.host.lock import lock
     from moe_engine.plan.dry_run import batch_lines, parameter_lines
-    from moe_engine.plan.open_files import allow_needed_files
     from moe_engine.plan.start import start_of
 
     run = loaded.run
     out = Path(run.train.out)
     held, warnings = None, list(loaded.warnings)
     if rank == 0:
-        warnings += start_of(run).warnings
         make_writable(out)
         held = lock(out)
-    else:
-        allow_needed_files(run)
+        warnings += start_of(run).warnings
     log = Logger(out, rank == 0, run.train.steps, log_every=run.train.log_every)
     with log:
         log.info(*loaded.derived, *batch_lines(run), *parameter_lines(run))

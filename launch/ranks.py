@@ -30,8 +30,8 @@ def exit_code(work: Callable[[], object], rank: int) -> int:
     try:
         work()
     except Preempted as stop:
-        leave_for_launcher(f"Preempted: {stop}")
-        print(stop, flush=True) if rank == 0 else None
+        leave_for_launcher(f"Preempted: {on_lines(stop)}")
+        print(on_lines(stop), flush=True) if rank == 0 else None
         return stop.exit_code
     except EngineError as error:
         if rank > 0:  # rank 0 speaks for all; the launcher then ends this one, unless the trouble is here alone

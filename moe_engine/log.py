@@ -151,18 +151,17 @@ class Logger:
     def _tensorboard(self, step: int, scalars: dict[str, float]) -> None:
         if self.out is None or self._board is False:
             return
-        if self._board is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                self._board = False
-                self.warn("tensorboard is not installed: no event file is written (pip install tensorboard)")
-                return
-            purge = None if self._resumed_at is None else self._resumed_at + 1
-            self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=purge)
         try:
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                purge = None if self._resumed_at is None else self._resumed_at + 1
+                self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=purge)
             for tag, value in scalars.items():
                 self._board.add_scalar(tag, value, step)
+        except ImportError:
+            self._board = False
+            self.warn("tensorboard is not installed: no event file is written (pip install tensorboard)")
         except OSError as error:  # its own thread met it some rows ago
             self._board = False
             self.warn(f"{self.out / 'tensorboard'}: {error}; no more events are written, metrics.jsonl has the numbers")

@@ -47,12 +47,14 @@ class Outlet(io.FileIO):
 
 
 def outlast_readers() -> None:
-    """Make sys.stdout and sys.stderr of this process streams that never raise OSError or UnicodeEncodeError."""
+    """Make sys.stdout and sys.stderr, unless redirected, streams that never raise OSError or UnicodeEncodeError."""
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # one was closed: the next file would get its number
         pass
     os.close(spare)
     for descriptor, name in NAMES.items():
         old = getattr(sys, name)
+        if old is not getattr(sys, f"__{name}__"):  # somebody in this process reads it
+            continue
         raw = Outlet(descriptor, "w", closefd=False)
         stream = io.TextIOWrapper(
             io.BufferedWriter(raw),
@@ -72,7 +74,7 @@ def run_program(main: Callable[[], int], prints: bool = True) -> NoReturn:
     except SystemExit as end:  # --help
         code = end.code
     sys.stdout.flush()
-    lost = getattr(getattr(sys.stdout.buffer, "raw", None), "lost", None)
+    lost = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)
     if prints and lost and lost.errno != errno.EPIPE:
         code = code or StorageError.exit_code
     sys.exit(code)

@@ -12,7 +12,6 @@ from moe_engine.checkpoint.hf.carried import side_files
 from moe_engine.config import Run
 from moe_engine.config_report import refuse
 from moe_engine.data.shards import MANIFEST, read_manifest
-from moe_engine.errors import ConfigError
 from moe_engine.host.files import obstacle
 from moe_engine.prepare.default import NAME
 
@@ -23,8 +22,6 @@ FOLDERS = ("checkpoints", "tensorboard", "hf", "data")
 def check_out_folder(run: Run, goes_on: bool) -> None:
     """ConfigError that names each thing in the way of what the run will write. goes_on: from a checkpoint in --out."""
     out = Path(run.train.out)
-    if there := obstacle(out):
-        raise ConfigError(f"--out {out}: {there} cannot be written to; choose a folder that you can write to")
     problems = [*in_the_way(out), *([] if goes_on else would_be_lost(run, out)), *export_in_the_way(run, out)]
     if problems:
         refuse(problems)
@@ -39,7 +36,7 @@ def in_the_way(out: Path) -> Iterator[str]:
             yield f"{path} is no regular file, and the run writes one there; {remedy}"
         elif path.exists() and not os.access(path, os.R_OK | os.W_OK):
             yield f"{path} cannot be written to; {remedy}"
-        elif path.is_symlink() and obstacle(Path(os.path.realpath(path)).parent):
+        elif path.is_symlink() and not os.path.isdir(os.path.dirname(os.path.realpath(path))):
             yield f"{path} is a link that leads nowhere; {remedy}"
     for name in FOLDERS:
         if os.path.lexists(out / name) and obstacle(out / name):

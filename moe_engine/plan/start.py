@@ -13,6 +13,7 @@ from moe_engine.checkpoint.manifest import read_manifest
 from moe_engine.checkpoint.reader import check_present, check_resume
 from moe_engine.config import Run
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.host.files import obstacle
 from moe_engine.plan.out_folder import check_out_folder
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -60,6 +61,8 @@ def checkpoints_of(run: Run) -> Path:
 def checkpoint_of(run: Run) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that the run would go on from, and its manifest; None if it would not."""
     root, resume = checkpoints_of(run), run.train.resume
+    if there := obstacle(root.parent):
+        raise ConfigError(f"--out {run.train.out}: {there} cannot be written to; choose a folder that you can write to")
     steps = steps_in(root)
     check_resume(run, steps)
     if resume == "auto":

@@ -45,7 +45,7 @@ def check_exportable(model: Model, out: Path, came_from: Path | None) -> None:
     usual_family(model, of_checkpoint(came_from) if came_from else {})
     if os.path.lexists(out):
         raise ConfigError(f"--export-hf {out} exists; remove it or choose another name")
-    if above := obstacle(out):
+    if above := obstacle(out.with_name(f"{out.name}.partial")):  # what it is called until it is whole
         raise ConfigError(f"--export-hf {out}: {above} cannot be written to; choose another folder")
 
 
