@@ -13,74 +13,56 @@ import errno
 import os
 import signal
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.ranks import exit_code, hang
 from moe_engine.config import Domain, Run
 from moe_engine.config_cli import Loaded, build_parser, load, print_config
-from moe_engine.config_report import BULLET
-from moe_engine.errors import ConfigError, EngineError, Preempted, StorageError
+from moe_engine.errors import ConfigError, StorageError
+from moe_engine.host.console import run_program
 from moe_engine.host.signals import Requests
 from moe_engine.log import Logger, printable
+
+PRINTS = {"-h", "--help", "--print-config", "--dry-run"}  # flags that print and train nothing
 
 
 def main(argv: list[str]) -> int:
     """Run on this rank; returns the exit code."""
     # nothing is compiled, but DeepSpeed would load the compiler all the same
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    rank, world = int(os.environ.get("RANK", 0)), os.environ.get("WORLD_SIZE")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_the_launcher()
-    try:
-        parser = build_parser("pretrain_moe.py", __doc__)
-        dry = "--dry-run" in argv or "--print-config" in argv
-        loaded = load(argv, int(world) if world else None if dry else 1, parser)
-        if loaded.print_config:
-            print(print_config(loaded), end="") if rank == 0 else None
-            return 0
-        if loaded.dry_run:
-            from moe_engine.plan.dry_run import describe
+    rank, world = int(os.environ.get("RANK", 0)), os.environ.get("WORLD_SIZE")
+    return exit_code(partial(start, argv, rank, int(world) if world else None), rank)
 
-            print("\n".join(map(printable, describe(loaded)))) if rank == 0 else None
-            return 0
+
+def start(argv: list[str], rank: int, world: int | None) -> None:
+    """What the command line asks for. world: ranks of the launch, None without a launcher."""
+    loaded = load(argv, world or (None if PRINTS & set(argv) else 1), build_parser("pretrain_moe.py", __doc__))
+    if loaded.print_config:
+        print(print_config(loaded), end="") if rank == 0 else None
+    elif loaded.dry_run:
+        from moe_engine.plan.dry_run import describe
+
+        print("\n".join(map(printable, describe(loaded)))) if rank == 0 else None
+    else:
         pretrain(loaded, rank)
-    except Preempted as stop:
-        print(stop, flush=True) if rank == 0 else None
-        return stop.exit_code
-    except EngineError as error:
-        if rank > 0:  # rank 0 speaks for all; the launcher then ends this one, unless the trouble is here alone
-            time.sleep(3)
-        if rank == 0 or not isinstance(error, ConfigError):
-            print(f"error: {on_lines(error)}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except Exception as error:  # ours, or another rank is gone
-        traceback.print_exc()
-        print(
-            f"error: rank {rank} ends: {type(error).__name__}. If another rank ended first, it says why; --resume auto "
-            "goes on from the newest checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        return EngineError.exit_code
-    return 0
-
-
-def on_lines(error: EngineError) -> str:
-    """An error's text as it is printed: problems of a list on lines of their own, all else escaped."""
-    return BULLET.join(map(printable, str(error).split(BULLET)))
 
 
 def pretrain(loaded: Loaded, rank: int) -> None:
     """The run itself: folders and data by rank 0, then every rank trains."""
+    from moe_engine.plan.open_files import allow_needed_files
+
+    allow_needed_files(loaded.run)
     from moe_engine.host.lock import lock
     from moe_engine.plan.dry_run import batch_lines, parameter_lines
-    from moe_engine.plan.start import checkpoint_of, weight_warnings
+    from moe_engine.plan.start import start_of
 
     run = loaded.run
     out = Path(run.train.out)
@@ -88,12 +70,7 @@ def pretrain(loaded: Loaded, rank: int) -> None:
     if rank == 0:
         make_writable(out)
         held = lock(out)
-        if checkpoint_of(run) is None:
-            warnings += weight_warnings(run)  # weights of another model are refused before one is built
-        if run.train.export_hf:
-            from moe_engine.checkpoint.hf.export import check_exportable
-
-            check_exportable(run)
+        warnings += start_of(run).warnings
     log = Logger(out, rank == 0, run.train.steps, log_every=run.train.log_every)
     with log:
         log.info(*loaded.derived, *batch_lines(run), *parameter_lines(run))
@@ -103,7 +80,7 @@ def pretrain(loaded: Loaded, rank: int) -> None:
         store, world = meet()
         from moe_engine.host.watch import Watch
 
-        with Watch(store.clone(), rank, world, run.train.step_timeout, out) as watch:
+        with Watch(store.clone(), rank, world, run.train.step_timeout, out, say=hang) as watch:
             try:
                 train(run, rank, world, store, log, watch.beat)
             except Exception as error:
@@ -115,18 +92,20 @@ def pretrain(loaded: Loaded, rank: int) -> None:
             log.info(*write_summary(out))
             if run.train.export_hf:
                 log.info(f"exporting to {run.train.export_hf}")
-                log.info(export(out, Path(run.train.export_hf)))
+                log.info(export(run))
     stop_ranks()
     if held:
         held.close()
 
 
-def export(out: Path, folder: Path) -> str:
-    """The newest checkpoint of the run as a Hugging Face folder."""
+def export(run: Run) -> str:
+    """The newest checkpoint of the run as a Hugging Face folder; the one that it resumed, if nothing was left to do."""
     from moe_engine.checkpoint.folders import folder_of, steps_in
     from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
 
-    newest = folder_of(out / "checkpoints", steps_in(out / "checkpoints")[-1])
+    root, folder = Path(run.train.out) / "checkpoints", Path(run.train.export_hf or "")
+    steps = steps_in(root)
+    newest = folder_of(root, steps[-1]) if steps else Path(run.train.resume or "")
     target, written = export_checkpoint(newest, folder, Wishes(), verify=False)
     return (
         f"exported {newest} as {target.family}: {len(written.tensors)} tensors, {written.bytes / 1e9:.3f} GB, {folder}"
@@ -210,4 +189,4 @@ def stop_ranks() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(lambda: main(sys.argv[1:]), prints=bool(PRINTS & set(sys.argv)))

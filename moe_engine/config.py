@@ -291,15 +291,15 @@ class Train(Section):
     init_from: str | None = None  # Hugging Face folder or checkpoint whose weights, and model, a new run starts with
     export_hf: str | None = None  # folder to write the final weights to, for Hugging Face's readers
     resume: str | None = None  # None, "auto" (the newest checkpoint in out) or the path of a checkpoint
-    save_every: Size = 500
+    save_every: Count = 500  # the last step is always saved; 0: it alone
     async_save: bool = False  # write checkpoints while training goes on, from a copy in host memory
     keep_last: Count = 0  # newest checkpoints to keep; 0: all
     keep_every: Count = 0  # steps that it divides are kept too; 0: none
     step_timeout: NonNegative = 600.0  # seconds without progress after which the run ends; 0: never
     on_save_error: Literal["stop", "warn"] = "stop"  # when the disk refuses a checkpoint; the ones before stay
-    eval_every: Size = 100
-    eval_batches: Size = 8
-    log_every: Size = 10
+    eval_every: Count = 100  # 0: no evaluation
+    eval_batches: Count = 8  # 0: no evaluation
+    log_every: Count = 10  # 0: the last step alone
 
 
 class Run(Section):
@@ -310,6 +310,11 @@ class Run(Section):
     optimizer: Optimizer = Optimizer()
     data: Data = Data()
     train: Train = Train()
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether held-out text is read at all."""
+        return self.train.eval_every > 0 and self.train.eval_batches > 0
 
     @property
     def world_size(self) -> int:

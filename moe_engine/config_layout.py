@@ -209,6 +209,8 @@ def without_effect(run: Run, given: set[str]) -> list[str]:
         ),
         ("train.eval_every", data.eval_fraction == 0, "data.eval_fraction is 0"),
         ("train.eval_batches", data.eval_fraction == 0, "data.eval_fraction is 0"),
+        ("train.eval_every", train.eval_batches == 0 < train.eval_every, "eval_batches is 0: no evaluation"),
+        ("train.eval_batches", train.eval_every == 0 < train.eval_batches, "eval_every is 0: no evaluation"),
     ]
     changed = {key for key in given if differs_from_default(run, key)}
     warnings = [f"{key} has no effect: {why}" for key, idle, why in rules if idle and key in changed]

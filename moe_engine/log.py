@@ -39,9 +39,10 @@ COLLAPSE, IMBALANCE = 0.4, 2.0  # of the fair share 1/E: 5 % and 25 % of the ass
 class Logger:
     """Console, metrics.jsonl and TensorBoard of one run; create it on every rank, it speaks on the main one only.
 
-    `out` None keeps everything on the console. A progress line is printed every `log_every` steps and at the last one;
-    on a terminal a live line follows each step. Expert-load warnings come at most once per `warn_every` steps and judge
-    the mean load of these steps, not the noise of one. `out` must be writable; it is made if it is missing.
+    `out` None keeps everything on the console. A progress line is printed every `log_every` steps (0: none of these)
+    and at the last one; on a terminal a live line follows each step. Expert-load warnings come at most once per
+    `warn_every` steps and judge the mean load of these steps, not the noise of one. `out` must be writable; it is made
+    if it is missing.
     """
 
     def __init__(
@@ -150,18 +151,17 @@ class Logger:
     def _tensorboard(self, step: int, scalars: dict[str, float]) -> None:
         if self.out is None or self._board is False:
             return
-        if self._board is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                self._board = False
-                self.warn("tensorboard is not installed: no event file is written (pip install tensorboard)")
-                return
-            purge = None if self._resumed_at is None else self._resumed_at + 1
-            self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=purge)
         try:
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                purge = None if self._resumed_at is None else self._resumed_at + 1
+                self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=purge)
             for tag, value in scalars.items():
                 self._board.add_scalar(tag, value, step)
+        except ImportError:
+            self._board = False
+            self.warn("tensorboard is not installed: no event file is written (pip install tensorboard)")
         except OSError as error:  # its own thread met it some rows ago
             self._board = False
             self.warn(f"{self.out / 'tensorboard'}: {error}; no more events are written, metrics.jsonl has the numbers")
@@ -172,7 +172,8 @@ class Logger:
         if self.quiet:
             return
         line = progress_line(row, self.total_steps, self._eta(row["step"]))
-        if row["step"] % self.log_every == 0 or row["step"] == self.total_steps:
+        due = self.log_every and row["step"] % self.log_every == 0
+        if due or row["step"] == self.total_steps:
             self._print(line, sys.stdout)
         elif sys.stdout.isatty():
             self._show_live(line)

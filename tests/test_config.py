@@ -207,6 +207,8 @@ def test_warm_up_is_clamped_with_a_warning() -> None:
         (["--zero", "0", "--set", "parallel.reduce_bucket_size=1e6"], "parallel.reduce_bucket_size"),
         (["--save-every", "600", "--steps", "10"], "train.save_every"),
         (["--set", "data.eval_fraction=0", "--set", "train.eval_every=3"], "train.eval_every"),
+        (["--set", "train.eval_batches=0", "--set", "train.eval_every=3"], "train.eval_every"),
+        (["--set", "train.eval_every=0", "--set", "train.eval_batches=3"], "train.eval_batches"),
         (["--data", "a=x:3"], "data.domains weight"),
         (["--set", "model.num_experts_per_tok=1"], "model.norm_topk_prob"),
         (["--set", "model.moe_layers=[]"], "model.num_local_experts"),
@@ -223,6 +225,13 @@ def test_warm_up_is_clamped_with_a_warning() -> None:
 def test_settings_without_effect_are_warned_about(argv: list[str], key: str) -> None:
     warnings = load(argv, 1).warnings
     assert any(line.startswith(key) for line in warnings), warnings
+
+
+@pytest.mark.parametrize("key", ["eval_every", "eval_batches", "save_every", "log_every"])
+def test_case_20_zero_means_not_at_all(key: str) -> None:
+    loaded = load(["--set", f"train.{key}=0"], 1)
+    assert getattr(loaded.run.train, key) == 0 and loaded.warnings == []
+    assert loaded.run.evaluates == (not key.startswith("eval")) and load_run([], 1).evaluates
 
 
 def test_a_model_is_no_run(tmp_path: Path) -> None:

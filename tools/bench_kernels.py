@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from moe_engine.host.console import run_program  # noqa: E402
 from tools.kernels.shapes import CPU_SHAPES, GPU_SHAPES, NAMED, Shape, layer_flops, shape_of  # noqa: E402
 
 if TYPE_CHECKING:
@@ -245,4 +246,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

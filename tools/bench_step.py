@@ -23,6 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from moe_engine.host.console import run_program
+
 SEQUENCES, LENGTH, LAYERS, VOCAB = 4, 512, 4, 8192
 OURS, WARM_UP = "moe_engine", 2
 
@@ -227,4 +229,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -20,6 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from moe_engine.host.console import run_program
+
 DIFFERENT = 1
 OWN_CODE = "; it needs LLaMA-MoE-v2's own modelling code: transformers' Mixtral would load it and be wrong"
 
@@ -179,4 +181,4 @@ def bar(total: int | None, what: str) -> Iterator[Callable[[int], Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

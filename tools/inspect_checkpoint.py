@@ -9,7 +9,6 @@ code 65 when something is damaged, 1 when two checkpoints differ.
 """
 
 import argparse
-import contextlib
 import math
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from moe_engine.host.console import run_program
 
 DAMAGED, DIFFERENT = 65, 1
 
@@ -42,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     except EngineError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
-    with contextlib.suppress(BrokenPipeError):  # `| head` has read enough
-        print("\n".join(printable(line) for line in lines), flush=True)
+    print("\n".join(printable(line) for line in lines))
     return code
 
 
@@ -238,4 +238,4 @@ def spread(values: Sequence[int], count: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from moe_engine.host.console import run_program  # noqa: E402
 from tools.kernels.targets import TARGETS, Usage, offline_driver, usage  # noqa: E402
 
 MATRIX_KERNELS = ("up_kernel", "down_kernel", "matmul_kernel", "dw_kernel", "router_logits_kernel")
@@ -237,4 +238,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

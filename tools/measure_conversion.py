@@ -16,6 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from moe_engine.host.console import run_program  # noqa: E402
+
 WIDTH, HIDDEN, EXPERTS, VOCABULARY = 14336 // 4, 1024, 8, 32000
 
 
@@ -97,4 +100,4 @@ def peak(command: list[str]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

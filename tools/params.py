@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from moe_engine.host.console import run_program
+
 if TYPE_CHECKING:
     from moe_engine.config import Run
     from moe_engine.plan.params import Census, Part
@@ -142,4 +144,4 @@ def as_json(census: "Census") -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

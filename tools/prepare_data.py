@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moe_engine.config_cli import Parser
 from moe_engine.errors import ConfigError, EngineError
+from moe_engine.host.console import run_program
 from moe_engine.log import printable
 from moe_engine.prepare.pipeline import Options, prepare, stdlib_sources
 
@@ -116,4 +117,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(lambda: main(sys.argv[1:]))

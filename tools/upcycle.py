@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from moe_engine.host.console import run_program
 from tools.upcycling.flags import add_options, child_of, idle, options_of, parents_of
 
 
@@ -92,4 +93,4 @@ def upcycle(given: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -28,6 +28,7 @@ from moe_engine.config import Model, Optimizer, Parallel, Run, Train
 from moe_engine.config_cli import load_run
 from moe_engine.data.loader import Batch
 from moe_engine.errors import ConfigError
+from moe_engine.host.console import run_program
 from moe_engine.model.router_losses import router_loss, total_balance, unpack_stats
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks
@@ -299,4 +300,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -1,9 +1,13 @@
-"""Which files may be read when a manifest names them: its neighbours, and nothing that only has a file's name. And
-where files can be written."""
+"""Which files may be read when a manifest names them: its neighbours, and nothing that only has a file's name. Where
+files can be written, and how many may be open."""
 
+import errno
 import os
+import resource
 import stat
 from pathlib import Path
+
+from moe_engine.errors import ConfigError
 
 
 def size_in(folder: Path, path: Path) -> int | None:
@@ -32,6 +36,21 @@ def size_below(folder: Path, name: str) -> int | None:
 
 def obstacle(folder: Path) -> Path | None:
     """What is in the way of writing to a folder, be it there or not: the nearest path above it that exists, if that is
-    no folder or lets nothing be written. None if nothing is."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    no folder or lets nothing be written, or its own name, if that is too long. None if nothing is."""
+    try:
+        os.lstat(folder)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return folder
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else there
+
+
+def allow_open_files(needed: int, why: str) -> None:
+    """Let this process have `needed` files open, sockets included; ConfigError where the system allows fewer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= needed or soft == resource.RLIM_INFINITY:
+        return
+    if hard < needed and hard != resource.RLIM_INFINITY:
+        raise ConfigError(f"open files: found a limit of {hard}, expected {needed} or more ({why}); raise ulimit -n")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -22,7 +22,10 @@ def lock(out: Path) -> TextIO | None:
     ConfigError names the process that holds it.
     """
     path = out / "lock"
-    file = path.open("a+")
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; move it away, or choose another --out") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

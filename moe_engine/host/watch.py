@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, Self
 
 import torch.distributed as dist
 
+from moe_engine.host.console import print_error
+
 CODE = 70
 ENGINE = str(Path(__file__).resolve().parents[1])
 
@@ -40,14 +42,22 @@ class State(NamedTuple):
 class Watch:
     """Watches the thread that makes it, from `with` to the end of the block. timeout 0: nothing is watched.
 
-    store: shared by all ranks. end: called with the exit code when the thread has waited for `timeout` seconds.
+    store: shared by all ranks. say: told what is wrong when the thread has waited for `timeout` seconds; end: then
+    called with the exit code.
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, world: int, timeout: float, out: Path, end: Callable[[int], Any] = os._exit
+        self,
+        store: dist.Store,
+        rank: int,
+        world: int,
+        timeout: float,
+        out: Path,
+        say: Callable[[str], object] = print_error,
+        end: Callable[[int], Any] = os._exit,
     ) -> None:
         self.store, self.rank, self.world = store, rank, world
-        self.timeout, self.out, self.end = timeout, out, end
+        self.timeout, self.out, self.say, self.end = timeout, out, say, end
         self.interval = min(timeout / 8, 10.0)
         self.main = threading.get_ident()
         self.at = (0, "start", time.monotonic())
@@ -112,13 +122,11 @@ class Watch:
             stacks = f"stacks in {path}"
         except OSError as error:
             stacks = f"no stacks: {error}"
-        # in one piece, or the lines of several ranks run into each other
-        sys.stderr.write(
-            f"error: rank {self.rank}: no progress for {self.timeout:g} s at step {step}, {where}, in "
+        self.say(
+            f"rank {self.rank}: no progress for {self.timeout:g} s at step {step}, {where}, in "
             f"{innermost(self.main)}: {blame}; {stacks}. Restart with --resume auto; raise --step-timeout if a step "
-            "takes that long\n"
+            "takes that long"
         )
-        sys.stderr.flush()
 
 
 def _state(text: bytes | None) -> State | None:

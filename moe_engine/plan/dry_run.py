@@ -15,7 +15,7 @@ from moe_engine.data.loader import check_order
 from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import DataError
 from moe_engine.model.flops import step_flops_per_token
-from moe_engine.plan.start import checkpoint_of, start_lines
+from moe_engine.plan.start import start_lines, start_of
 from moe_engine.prepare import default
 from moe_engine.sizes import heads_per_attention_expert, parameter_counts, rank_parameters
 
@@ -24,10 +24,16 @@ def describe(loaded: Loaded) -> list[str]:
     """The report of `--dry-run`. Raises ConfigError or DataError where the run itself would."""
     run = loaded.run
     first = [*loaded.derived, *(f"warning: {warning}" for warning in loaded.warnings)]
-    checkpoint = checkpoint_of(run)
-    state = checkpoint[1]["data"] if checkpoint else None
-    start, corpus = start_lines(run, checkpoint), corpus_lines(run, state)
-    parts = (first, start, batch_lines(run), corpus, parameter_lines(run), shape_lines(run))
+    start = start_of(run)
+    state = start.checkpoint[1]["data"] if start.checkpoint else None
+    parts = (
+        first,
+        start_lines(run, start),
+        batch_lines(run),
+        corpus_lines(run, state),
+        parameter_lines(run),
+        shape_lines(run),
+    )
     return [line for part in parts for line in (*part, "")] + ["ok"]
 
 
@@ -73,7 +79,8 @@ def corpus_lines(run: Run, state: dict[str, Any] | None) -> list[str]:
         f"data        {domain.name}: {domain.dataset.tokens:,} tokens, {100 * domain.weight / weight:.1f} % of draws"
         for domain in train
     ]
-    return [*lines, f"held out    {sum(domain.dataset.tokens for domain in held_out):,} tokens"]
+    tokens = f"{sum(domain.dataset.tokens for domain in held_out):,} tokens"
+    return [*lines, f"held out    {tokens if run.evaluates else 'not read: no evaluation'}"]
 
 
 def parameter_lines(run: Run) -> list[str]:

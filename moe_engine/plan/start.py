@@ -5,7 +5,7 @@ the run starts.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_engine.checkpoint.compare import differences
 from moe_engine.checkpoint.folders import folder_of, steps_in
@@ -14,30 +14,54 @@ from moe_engine.checkpoint.reader import check_present, check_resume
 from moe_engine.config import Run
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import obstacle
+from moe_engine.plan.out_folder import check_out_folder
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def start_lines(run: Run, checkpoint: tuple[Path, dict[str, Any]] | None) -> list[str]:
-    """Start and end of a run, with its warnings. Raises ConfigError or DataError where the run itself would."""
-    if checkpoint:
-        lines = resume_lines(run, *checkpoint)
-    else:
-        warnings, start = weight_warnings(run), run.train.init_from
-        first = f"with the weights of {start}" if start else "afresh, with random weights"
-        lines = [f"start       {first}", *(f"warning: {line}" for line in warnings)]
+class Start(NamedTuple):
+    """Where a run starts: a checkpoint and its manifest, or first weights and what is to be said of them."""
+
+    checkpoint: tuple[Path, dict[str, Any]] | None
+    warnings: list[str]
+
+
+def start_of(run: Run) -> Start:
+    """Where the run starts, once it is sure that it can, and that it can write what it ends with. Reads headers only.
+
+    ConfigError or DataError otherwise.
+    """
+    checkpoint = checkpoint_of(run)
+    check_out_folder(run, checkpoint is not None and checkpoint[0].resolve().parent == checkpoints_of(run).resolve())
+    warnings = [] if checkpoint else weight_warnings(run)  # weights of another model are refused before one is built
     if run.train.export_hf:
         from moe_engine.checkpoint.hf.export import check_exportable
 
-        check_exportable(run)
-        lines.append(f"export      {run.train.export_hf}, when the run ends")
-    return lines
+        first = Path(run.train.init_from) if run.train.init_from else None
+        check_exportable(run, checkpoint[0] if checkpoint else first)
+    return Start(checkpoint, warnings)
+
+
+def start_lines(run: Run, start: Start) -> list[str]:
+    """Start and end of a run, with its warnings. ConfigError where the run itself would refuse to resume."""
+    if start.checkpoint:
+        lines = resume_lines(run, *start.checkpoint)
+    else:
+        first = run.train.init_from
+        lines = [f"start       {f'with the weights of {first}' if first else 'afresh, with random weights'}"]
+    lines += [f"warning: {line}" for line in start.warnings]
+    return lines + [f"export      {run.train.export_hf}, when the run ends"] * bool(run.train.export_hf)
+
+
+def checkpoints_of(run: Run) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(run.train.out) / "checkpoints"
 
 
 def checkpoint_of(run: Run) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that the run would go on from, and its manifest; None if it would not."""
-    root, resume = Path(run.train.out) / "checkpoints", run.train.resume
-    if there := obstacle(root):
+    root, resume = checkpoints_of(run), run.train.resume
+    if there := obstacle(root.parent):
         raise ConfigError(f"--out {run.train.out}: {there} cannot be written to; choose a folder that you can write to")
     steps = steps_in(root)
     check_resume(run, steps)
@@ -68,7 +92,10 @@ def resume_lines(run: Run, folder: Path, manifest: dict[str, Any]) -> list[str]:
     if not run.data.domains:  # of the default corpus, which the run prepares itself
         now["data"].pop("domains")
     changes = differences(manifest["run"], now)
-    return [f"start       from {folder}, {manifest['step']:,} steps done", *(f"warning: {line}" for line in changes)]
+    first = f"start       from {folder}, {manifest['step']:,} steps done"
+    if manifest["step"] >= run.train.steps:
+        first += f"; train.steps is {run.train.steps:,}: nothing is left to train"
+    return [first, *(f"warning: {line}" for line in changes)]
 
 
 def weight_warnings(run: Run) -> list[str]:

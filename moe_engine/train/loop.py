@@ -109,7 +109,9 @@ def fit(trainer: Trainer) -> None:
     if start >= run.train.steps:
         log.info(f"nothing to train: the checkpoint is at step {start} of {run.train.steps}")
     log.truncate_after(start)
-    if not trainer.held_out:
+    if not run.evaluates:
+        log.info("no evaluation: train.eval_every or train.eval_batches is 0")
+    elif not trainer.held_out:
         log.warn("no held-out text: nothing is evaluated (prepare_data --eval-fraction sets some aside)")
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
     peak = peak_flops(trainer.device, dtype, trainer.mesh)
@@ -135,7 +137,7 @@ def fit(trainer: Trainer) -> None:
                 f"those of step {step + 1 - MAX_SKIPPED}. Lower --lr, or look at the data of these steps"
             )
         last = step + 1 == run.train.steps
-        if (last or (step + 1) % run.train.eval_every == 0) and trainer.held_out:
+        if trainer.held_out and (last or (step + 1) % run.train.eval_every == 0):
             evaluate_and_log(trainer, step + 1)
         wish = wishes(trainer)
         save(trainer, step + 1, tokens_seen, wish, last)
@@ -253,7 +255,8 @@ def save(trainer: Trainer, step: int, tokens_seen: int, wish: Wishes, last: bool
     completed = []
     trainer.beat(step, "saving")
     try:
-        if last or wish.stop or wish.save or step % trainer.run.train.save_every == 0:
+        every = trainer.run.train.save_every
+        if last or wish.stop or wish.save or (every and step % every == 0):
             run = trainer.run.model_dump(mode="json")
             manifest = {"tokens": tokens_seen, "data": trainer.loader.state(), "run": run}
             completed.append(save_state(trainer.engine, trainer.mesh, trainer.saver, step, manifest))

@@ -8,15 +8,15 @@ from moe_engine.report import expert_load_table, loss_curve_png
 
 def write_summary(out: Path) -> list[str]:
     """Draw `out`/loss.png and return the closing lines; the main rank calls it after the last step."""
-    if not (out / "metrics.jsonl").is_file():
+    rows = read_rows(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
+    if not rows:
         return []  # nothing was trained here
-    picture = out / "loss.png"
+    picture, last = out / "loss.png", rows[-1]
     loss_curve_png(out / "metrics.jsonl", picture)
-    last = read_rows(out / "metrics.jsonl")[-1]
     held_out = read_rows(out / "eval.jsonl") if (out / "eval.jsonl").is_file() else []
-    lines = ["", f"loss at step {last['step']}: {last['lm_loss']:.4f} nats per token (training)"]
+    lines = ["", f"loss at step {last['step']}: {number(last['lm_loss'])} nats per token (training)"]
     if held_out:
-        lines.append("held-out loss: " + " -> ".join(f"{row['loss']:.4f}" for row in held_out) + " nats per token")
+        lines.append("held-out loss: " + " -> ".join(number(row["loss"]) for row in held_out) + " nats per token")
     if last["expert_load"]:
         lines += ["", *expert_load_table(last["expert_load"], last["moe_layers"]).splitlines()]
     return [
@@ -29,3 +29,8 @@ def write_summary(out: Path) -> list[str]:
         f"more steps   --out {out} --resume auto --steps {2 * last['step']}",
         "your text    tools/prepare_data.py --help, then --data FOLDER",
     ]
+
+
+def number(loss: float | None) -> str:
+    """As printed; None is JSON's word for what was not finite."""
+    return "not finite" if loss is None else f"{loss:.4f}"

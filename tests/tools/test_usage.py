@@ -1,6 +1,7 @@
 """A tool that is called wrongly says so in one line, with the exit code of a configuration that cannot work."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,9 +32,27 @@ def test_wrong_usage(command: str, said: str, capsys: pytest.CaptureFixture[str]
     assert said in line and "--help lists the flags" in line
 
 
-def test_a_reader_that_has_enough() -> None:
-    script = "import tools.inspect_checkpoint as t; t.report = lambda o: (['line'] * 100_000, 0); exit(t.main(['x']))"
-    tool = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert tool.stdout and tool.stderr and tool.stdout.readline() == b"line\n"
-    tool.stdout.close()
-    assert tool.stderr.read() == b"" and tool.wait(60) == 0
+@pytest.mark.parametrize("words", ["tools/params.py --model mixtral-8x7b", "launch/pretrain_moe.py --print-config"])
+def test_case_13_output_that_nobody_takes(words: str) -> None:
+    """A reader that is gone is no failure; a disk that is full is one."""
+    command = [sys.executable, *words.split()]
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (gone.returncode, gone.stderr) == (0, "")
+    with open("/dev/full", "w") as full:
+        lost = subprocess.run(
+            [sys.executable, *words.split()], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert lost.returncode == 74 and "stdout: No space left on device" in lost.stderr and lost.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "script", [path.relative_to(ROOT) for folder in ("tools", "launch") for path in (ROOT / folder).glob("*.py")]
+)
+def test_case_13_every_script_starts_the_same_way(script: Path) -> None:
+    """Through `run_program`, which alone outlasts a reader."""
+    _, found, main = (ROOT / script).read_text().partition('if __name__ == "__main__":\n')
+    assert not found or (main.strip().startswith("run_program(") and len(main.strip().splitlines()) == 1)
+    assert found or script.name == "ranks.py"

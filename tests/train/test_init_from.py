@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_engine.checkpoint.hf.export import Wishes, check_exportable, export_checkpoint
+from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.read import read_hf
 from moe_engine.checkpoint.reader import Reader
@@ -22,6 +22,7 @@ from moe_engine.log import read_rows
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import note_of
+from moe_engine.plan.out_folder import check_out_folder
 from moe_engine.plan.start import weight_warnings
 from moe_engine.train.loop import fit, resume
 from tests.checkpoint.hf.small import save, tensors_of, theirs, transformers
@@ -273,11 +274,11 @@ def test_case_07_no_export_goes_where_the_run_keeps_what_goes_along(
 ) -> None:
     """OUT/hf is there when the run ends, and the export would be refused then."""
     source = save(llama, tmp_path / "source")
-    for name, problem in (("hf", "the run keeps tokenizer files"), ("final", "")):
+    for name, problem in (("hf", "where the run itself writes hf"), ("final", "")):
         train = {"export_hf": str(tmp_path / "out" / ".." / "out" / name)}
         run = run_from(source, corpus, tmp_path / "out", (1, 1, 1), train=train)
         with pytest.raises(EngineError, match=problem) if problem else nullcontext():
-            check_exportable(run)
+            check_out_folder(run, goes_on=False)
 
 
 @pytest.mark.parametrize(

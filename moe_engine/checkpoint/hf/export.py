@@ -1,13 +1,14 @@
 """A checkpoint, imported or of a run, to a Hugging Face folder: what is written when nobody says otherwise."""
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from moe_engine.checkpoint.hf.carried import OF_A_RUN, carried_config, of_checkpoint
+from moe_engine.checkpoint.hf.carried import carried_config, of_checkpoint
 from moe_engine.checkpoint.hf.families import TABLES
 from moe_engine.checkpoint.hf.write import Target, refuse_biases, write_hf
 from moe_engine.checkpoint.manifest import NAME, problems_of
@@ -40,16 +41,17 @@ def open_checkpoint(folder: Path, verify: bool = True) -> tuple[Reader, Model]:
     return reader, Model.model_validate(reader.manifest["run"]["model"])
 
 
-def check_exportable(run: Run) -> None:
-    """ConfigError when the weights of a run could not be exported to its export_hf; before it starts."""
-    out, came_from = Path(run.train.export_hf or ""), run.train.init_from
+def check_exportable(run: Run, came_from: Path | None) -> None:
+    """ConfigError when the weights of a run could not be exported to its export_hf; before it starts.
+
+    came_from: the checkpoint or folder that it starts from, if any.
+    """
+    out = Path(run.train.export_hf or "")
     refuse_biases(run.model)
-    usual_family(run.model, of_checkpoint(Path(came_from)) if came_from else {})
-    if out.exists():
+    usual_family(run.model, of_checkpoint(came_from) if came_from else {})
+    if os.path.lexists(out):
         raise ConfigError(f"--export-hf {out} exists; remove it or choose another name")
-    if out.resolve() == Path(run.train.out, OF_A_RUN).resolve():
-        raise ConfigError(f"--export-hf {out}: the run keeps tokenizer files and the like there; choose another name")
-    if above := obstacle(out):
+    if above := obstacle(out.with_name(f"{out.name}.partial")):  # what it is called until it is whole
         raise ConfigError(f"--export-hf {out}: {above} cannot be written to; choose another folder")
 
 
