@@ -116,19 +116,19 @@ def pretrain(loaded: Loaded, rank: int) -> None:
             log.info(*write_summary(out))
             if run.train.export_hf:
                 log.info(f"exporting to {run.train.export_hf}")
-                log.info(export(out, Path(run.train.export_hf)))
+                log.info(export(out, Path(run.train.export_hf), run.train.hf_version))
     stop_ranks()
     if held:
         held.close()
 
 
-def export(out: Path, folder: Path) -> str:
+def export(out: Path, folder: Path, version: int | None) -> str:
     """The newest checkpoint of the run as a Hugging Face folder."""
     from moe_engine.checkpoint.folders import folder_of, steps_in
     from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
 
     newest = folder_of(out / "checkpoints", steps_in(out / "checkpoints")[-1])
-    target, written = export_checkpoint(newest, folder, Wishes(), verify=False)
+    target, written = export_checkpoint(newest, folder, Wishes(version=version), verify=False)
     return (
         f"exported {newest} as {target.family}: {len(written.tensors)} tensors, {written.bytes / 1e9:.3f} GB, {folder}"
     )

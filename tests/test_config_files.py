@@ -112,7 +112,7 @@ def test_model_by_name_file_and_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert read_model(str(tmp_path)) == read_model(str(tmp_path / "config.json"))
     assert Model.model_validate(read_model(str(tmp_path))) == model_from_hf(LLAMA)
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"mlp_bias": True, "sliding_window": 8}))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"mlp_bias": True, "sliding_window": 0}))
     with pytest.raises(ConfigError) as caught:
         read_model(str(tmp_path))
     assert str(caught.value).count(f"{tmp_path / 'config.json'}: ") == 2

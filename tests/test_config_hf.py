@@ -7,7 +7,8 @@ import pytest
 
 from moe_engine.config import Model
 from moe_engine.config_files import preset_names, read_mapping, read_model
-from moe_engine.config_hf import IN_TRAINING_ONLY, dtype_of, family_of, model_from_hf, model_to_hf
+from moe_engine.config_hf import IN_TRAINING_ONLY, family_of, model_from_hf, model_to_hf
+from moe_engine.config_hf.spelling import dtype_of
 from moe_engine.errors import ConfigError
 from moe_engine.sizes import parameter_counts
 
@@ -65,13 +66,13 @@ def test_absent_keys_take_the_defaults_of_the_family() -> None:
         ({"attention_bias": True}, "attention_bias: found True"),
         ({"mlp_bias": True}, "mlp_bias: found True"),
         ({"attention_dropout": 0.1}, "attention_dropout: found 0.1"),
-        ({"sliding_window": 4096}, "sliding_window: found 4096, only null"),
+        ({"sliding_window": "4096"}, "sliding_window: found '4096', expected null or a number of tokens"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling.low_freq_factor: not given"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_parameters: rope_type 'yarn'"),
         ({"rope_scaling": "llama3"}, "rope_scaling: found 'llama3', expected a mapping"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4} is not a feature"),
-        ({"num_local_experts": 4}, "num_local_experts: 4 is not a feature"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: found {'bits': 4}, only null"),
+        ({"use_attn_moe": True}, "use_attn_moe: found True, only null"),
         ({"hidden_size": "wide"}, "hidden_size: found 'wide'"),
         ({"hidden_size": None}, "hidden_size: not given"),
         (
@@ -88,7 +89,7 @@ def test_unsupported_features_are_refused_by_name(change: dict, words: str) -> N
 
 def test_unsupported_features_arrive_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        model_from_hf(LLAMA | {"mlp_bias": True, "sliding_window": 8, "vocab_size": -1})
+        model_from_hf(LLAMA | {"mlp_bias": True, "sliding_window": 0, "vocab_size": -1})
     assert all(key in str(caught.value) for key in ("mlp_bias", "sliding_window", "vocab_size"))
 
 
@@ -196,13 +197,16 @@ def test_a_mixtral_made_of_a_llama_keeps_its_token_ids_alone() -> None:
     config = model_to_hf(routed, "mixtral", "bfloat16", None, carried)
     assert {key: config[key] for key in ids} == ids and config["use_cache"] is True
     assert config["architectures"] == ["MixtralForCausalLM"] and config["model_type"] == "mixtral"
-    assert not {"mlp_bias", "attention_bias", "dtype", "rope_parameters"} & config.keys()
-    assert (config["torch_dtype"], config["rope_theta"]) == ("bfloat16", 5e5)
-    assert config["rope_scaling"] == rope["rope_scaling"] and config["intermediate_size"] == 24
+    assert not {"mlp_bias", "attention_bias"} & config.keys() and config["intermediate_size"] == 24
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16" and config["rope_theta"] == 5e5
+    assert config["rope_scaling"] == rope["rope_scaling"]
+    assert config["rope_parameters"] == rope["rope_scaling"] | {"rope_theta": 5e5}
+    old = model_to_hf(routed, "mixtral", "bfloat16", 4, carried)
+    assert not {"dtype", "rope_parameters", "transformers_version"} & old.keys()
     new = model_to_hf(routed, "mixtral", "bfloat16", 5, carried)
     assert not {"torch_dtype", "rope_theta", "rope_scaling", "transformers_version"} & new.keys()
     assert new["dtype"] == "bfloat16" and new["rope_parameters"] == rope["rope_scaling"] | {"rope_theta": 5e5}
-    assert model_from_hf(config) == model_from_hf(new)
+    assert model_from_hf(config) == model_from_hf(old) == model_from_hf(new)
 
 
 def test_a_name_that_is_no_dtype_is_none() -> None:

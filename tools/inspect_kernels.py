@@ -234,10 +234,16 @@ def in_own_process(arch: int, dtype: str, names: list[str], sizes: list[int]) ->
 
 
 def main() -> int:
+    from moe_engine.config import torch_dtype
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_BYTES), default=sorted(SHARED_BYTES))
     parser.add_argument(
-        "--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16", "float32"]
+        "--dtype",
+        nargs="+",
+        type=torch_dtype,
+        choices=["bfloat16", "float16", "float32"],
+        default=["bfloat16", "float32"],
     )
     folders = sorted(path.parent.name for path in (ROOT / "moe_engine" / "ops").glob("*/triton.py"))
     parser.add_argument("--ops", nargs="*", choices=folders, default=[], help="names of op folders; all by default")

@@ -40,12 +40,13 @@ class HfFolder(Source):
     """The weights of a Hugging Face folder under the engine's names.
 
     config: of config.json. model, family, layout: what it is, and how its experts are written. places: of each tensor
-    on disk, in order. entries: its dtype and shape. files: where it lies.
+    on disk, in order. entries: its dtype and shape. files: where it lies. notes: for the user, of config.json.
     """
 
     def __init__(self, folder: Path, keep_open: int = 1):
         self.config = read_config(folder)
-        self.model: Model = model_in(folder / CONFIG, self.config)
+        self.notes: list[str] = []
+        self.model: Model = model_in(folder / CONFIG, self.config, self.notes)
         self.family = family_in(self.config)
         self.files = files_of(folder)
         self.entries: dict[str, Entry] = {}
