@@ -7,7 +7,7 @@ import pytest
 
 from moe_engine.config import Model
 from moe_engine.config_files import preset_names, read_mapping, read_model
-from moe_engine.config_hf import IN_TRAINING_ONLY, family_of, model_from_hf, model_to_hf
+from moe_engine.config_hf import IN_TRAINING_ONLY, family_of, model_and_notes, model_from_hf, model_to_hf
 from moe_engine.config_hf.spelling import dtype_of
 from moe_engine.errors import ConfigError
 from moe_engine.sizes import parameter_counts
@@ -234,3 +234,101 @@ def test_keys_in_the_wild_that_change_nothing_are_passed_over() -> None:
         model_from_hf(
             LLAMA | {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}}
         )
+
+
+def test_case_02_both_spellings_together_must_agree() -> None:
+    scaling = LLAMA3 | {"rope_type": "llama3"}
+    both = LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling, "rope_parameters": scaling | {"rope_theta": 5e5}}
+    assert model_from_hf(both) == model_from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling})
+    for change, words in (
+        ({"rope_theta": 1e4}, r"rope_theta: found rope_theta 10000\.0 and rope_parameters\.rope_theta 500000\.0"),
+        ({"rope_scaling": scaling | {"factor": 2.0}}, "rope_parameters and rope_scaling are both given and differ"),
+        ({"rope_scaling": {"rope_type": "default"}}, "rope_parameters and rope_scaling are both given and differ"),
+        ({"original_max_position_embeddings": 7}, r"original_max_position_embeddings: found 7 and rope_"),
+        ({"rope_parameters": {"full_attention": scaling}}, r"rope_parameters\.full_attention: .* is not supported"),
+        ({"rope_parameters": scaling | {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor: 0\.5 is not"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            model_from_hf(both | change)
+
+
+def test_case_02b_a_theta_beside_dtype_is_not_lost() -> None:
+    """transformers 4.57.1 writes `dtype`, and rope in the spelling of 4: what is written keeps both words of all."""
+    carried = LLAMA | {"dtype": "bfloat16", "rope_theta": 5e5, "transformers_version": "4.57.1", "eos_token_id": 3}
+    config = model_to_hf(model_from_hf(carried), "llama", "bfloat16", None, carried)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5 and config["rope_scaling"] is None
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16" and config["eos_token_id"] == 3
+    assert model_from_hf({key: config[key] for key in config if key != "rope_parameters"}) == model_from_hf(carried)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_case_02c_experts_under_either_name(kind: str) -> None:
+    """transformers 5.24 saves Qwen3-MoE's number as num_local_experts, where 4.57 takes the default, 128."""
+    base = LLAMA | {"model_type": kind, "num_key_value_heads": 4, "num_experts_per_tok": 2}
+    names = ("num_local_experts", "num_experts")
+    model = model_from_hf(base | dict.fromkeys(names, 6))
+    assert model.num_local_experts == 6
+    for name in names:
+        assert model_from_hf(base | {name: 6}) == model
+        config = model_to_hf(model, kind, "bfloat16", None, base | {name: 6})
+        assert config.keys() & set(names) == {"num_local_experts" if kind == "mixtral" else "num_experts"}
+    with pytest.raises(ConfigError, match=r"expert.*remove the wrong one"):
+        model_from_hf(base | {"num_local_experts": 6, "num_experts": 5})
+
+
+WILD = {
+    "unsloth_fixed": True,
+    "is_llama_config": True,
+    "max_sequence_length": 2048,
+    "transformers.js_config": {"dtype": {"fp16": "q4"}},
+    "evil\x1b[31m": 1,
+}
+
+
+def test_case_18a_keys_that_no_model_reads_are_named_and_change_nothing() -> None:
+    model, notes = model_and_notes(LLAMA | WILD)
+    assert model == model_from_hf(LLAMA) and model_and_notes(LLAMA)[1] == []
+    (line,) = notes
+    assert all(shown_key in line for shown_key in (*list(WILD)[:4], "evil\\x1b[31m")) and "\x1b" not in line
+    (line,) = model_and_notes(LLAMA | {f"key{i}": i for i in range(5000)})[1]
+    assert "and 4992 more" in line
+    (line,) = model_and_notes(LLAMA | {"rope_parameters": {"rope_theta": 1e4, "beta_fast": 32}})[1]
+    assert line.startswith("rope_parameters.beta_fast: 32 changes nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"auto_map": {"AutoModel": "evil--x.X"}, "routers": 2}, r"routers: .*auto_map.* never run"),
+        ({"trust_remote_code": True}, "trust_remote_code: found True, only null"),
+        ({"experts_implementation": "evil/repo:moe"}, "experts_implementation: found 'evil/repo:moe'"),
+        ({"_attn_implementation_internal": "evil/repo:a"}, "_attn_implementation_internal: found"),
+        ({"transformers_weights": "other.bin"}, "transformers_weights: found"),
+        ({"is_causal": False}, "is_causal: found False, only True"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads: found"),
+        ({"per_layer_config": {"0": {"rms_norm_eps": 1}}}, "per_layer_config: found"),
+        ({"num_kv_shared_layers": 1}, "num_kv_shared_layers: found"),
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types: found"),
+    ],
+)
+def test_case_18a_keys_that_change_the_function_are_refused(change: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        model_from_hf(LLAMA | change)
+
+
+def test_case_18a_a_window_is_as_many_positions() -> None:
+    mixtral = LLAMA | {"model_type": "mixtral", "num_key_value_heads": 4, "max_position_embeddings": 4096}
+    for window in (4096, 5000):
+        assert model_and_notes(mixtral | {"sliding_window": window}) == (model_from_hf(mixtral), [])
+    model, (line,) = model_and_notes(mixtral | {"sliding_window": 128})
+    assert model == model_from_hf(mixtral | {"max_position_embeddings": 128})
+    assert line.startswith("sliding_window: 128 is full attention up to 128 tokens") and "4096" in line
+    # who has a window, and who only says so
+    for kind, off, positions in (("mixtral", False, 128), ("llama", False, 4096), ("qwen3_moe", None, 4096)):
+        said = mixtral | {"model_type": kind, "num_experts": 8, "sliding_window": 128, "use_sliding_window": off}
+        said = said if kind != "llama" else said | {"num_experts": None}
+        assert model_from_hf(said).max_position_embeddings == positions, kind
+    qwen = mixtral | {"model_type": "qwen3_moe", "use_sliding_window": True, "max_position_embeddings": 8192}
+    assert model_from_hf(qwen).max_position_embeddings == 4096, "the default of its window"
+    both = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 128}
+    assert model_from_hf(LLAMA | both).max_position_embeddings == 128

@@ -1,5 +1,6 @@
 """Runs that start from a Hugging Face folder or a checkpoint, and end as one, started as a user starts them."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -28,13 +29,22 @@ def imported(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def read_by_both(out: Path, hf: Path) -> None:
+    """transformers 5 wrote the config.json of `hf`; that of a run says the same, to transformers 4 too."""
+    was, now = (json.loads((folder / "config.json").read_text()) for folder in (hf, out))
+    assert "rope_theta" not in was and now["rope_theta"] == was["rope_parameters"]["rope_theta"]
+    assert now["torch_dtype"] == was["dtype"] == "bfloat16"
+    assert {key: now[key] for key in was} == was
+
+
 def test_two_ranks_from_a_folder_to_a_folder(hf: Path, tokens: Path, tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "out"
     arguments = ("--init-from", hf, "--export-hf", out, "--out", tmp_path / "run", "--data", tokens, "--ep", "2")
     done = run(*SMALL, *arguments, ranks=2)
     assert done.code == 0, done.err
     assert f"started with the weights of {hf}" in done.out and "as mixtral: " in done.out
-    for name in [*SIDE, "config.json"]:
+    read_by_both(out, hf)
+    for name in SIDE:
         assert (out / name).read_bytes() == (hf / name).read_bytes(), name
     before, after = tensors_of(hf), tensors_of(out)
     assert {n: (t.dtype, t.shape) for n, t in after.items()} == {n: (t.dtype, t.shape) for n, t in before.items()}
@@ -72,7 +82,8 @@ def test_a_checkpoint_starts_a_run_that_needs_it_no_more(
     aside = run("--steps", "3", *SMALL[2:], *common, "--out", tmp_path / "aside", "--resume", first)
     assert aside.code == 0 and f"resumed from {first}" in aside.out, aside.err
     same_tensors(tmp_path / "out", hf)  # bf16 masters are exact, and the folder's own files were kept for this
-    for name in [*SIDE, "config.json"]:
+    read_by_both(tmp_path / "out", hf)
+    for name in SIDE:
         assert (tmp_path / "out" / name).read_bytes() == (hf / name).read_bytes(), name
     anew = run(*SMALL, *common, "--out", tmp_path / "other", "--resume", "auto")
     refused(anew, 78, r"train\.init_from: found '.*start', expected a Hugging Face folder or a checkpoint")
