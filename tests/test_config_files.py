@@ -151,7 +151,7 @@ def test_the_model_of_a_start_that_is_gone_is_that_of_the_checkpoint(tmp_path: P
 def test_case_18a_a_run_and_the_counter_say_what_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the way of a run, of its dry run, and of tools/params.py; conversions: tests/checkpoint/hf/test_config_text.py."""
+    """A run, its dry run and tools/params.py; conversions are in tests/checkpoint/hf/test_config_text.py."""
     config = tmp_path / "config.json"
     wild = {"unsloth_fixed": True, "sliding_window": 64, "max_position_embeddings": 512, "vocab_size": 264}
     config.write_text(json.dumps(LLAMA | wild))

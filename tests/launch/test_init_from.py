@@ -29,22 +29,13 @@ def imported(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def read_by_both(out: Path, hf: Path) -> None:
-    """transformers 5 wrote the config.json of `hf`; that of a run says the same, to transformers 4 too."""
-    was, now = (json.loads((folder / "config.json").read_text()) for folder in (hf, out))
-    assert "rope_theta" not in was and now["rope_theta"] == was["rope_parameters"]["rope_theta"]
-    assert now["torch_dtype"] == was["dtype"] == "bfloat16"
-    assert {key: now[key] for key in was} == was
-
-
 def test_two_ranks_from_a_folder_to_a_folder(hf: Path, tokens: Path, tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "out"
     arguments = ("--init-from", hf, "--export-hf", out, "--out", tmp_path / "run", "--data", tokens, "--ep", "2")
     done = run(*SMALL, *arguments, ranks=2)
     assert done.code == 0, done.err
     assert f"started with the weights of {hf}" in done.out and "as mixtral: " in done.out
-    read_by_both(out, hf)
-    for name in SIDE:
+    for name in [*SIDE, "config.json"]:
         assert (out / name).read_bytes() == (hf / name).read_bytes(), name
     before, after = tensors_of(hf), tensors_of(out)
     assert {n: (t.dtype, t.shape) for n, t in after.items()} == {n: (t.dtype, t.shape) for n, t in before.items()}
@@ -62,9 +53,14 @@ def test_weights_that_do_not_move_come_out_as_they_went_in(
         theirs(family, vocab_size=264, **({"norm_topk_prob": True} if family != "llama" else {})), tmp_path / "hf"
     )
     out = tmp_path / "out"
-    done = run(*SMALL, *STILL, "--init-from", hf, "--export-hf", out, "--out", tmp_path / "run", "--data", tokens)
+    common = ("--init-from", hf, "--out", tmp_path / "run", "--data", tokens)
+    done = run(*SMALL, *STILL, *common, "--export-hf", out, "--hf-version", "4")
     assert done.code == 0, done.err
     same_tensors(out, hf)
+    was, now = (json.loads((folder / "config.json").read_text()) for folder in (hf, out))
+    assert now["rope_theta"] == was["rope_parameters"]["rope_theta"] and now["torch_dtype"] == was["dtype"]
+    assert not {"rope_parameters", "dtype", "num_local_experts"} & now.keys() and now["eos_token_id"] == 2
+    assert now.get("num_experts") == was.get("num_local_experts")
 
 
 def test_a_checkpoint_starts_a_run_that_needs_it_no_more(
@@ -82,8 +78,7 @@ def test_a_checkpoint_starts_a_run_that_needs_it_no_more(
     aside = run("--steps", "3", *SMALL[2:], *common, "--out", tmp_path / "aside", "--resume", first)
     assert aside.code == 0 and f"resumed from {first}" in aside.out, aside.err
     same_tensors(tmp_path / "out", hf)  # bf16 masters are exact, and the folder's own files were kept for this
-    read_by_both(tmp_path / "out", hf)
-    for name in SIDE:
+    for name in [*SIDE, "config.json"]:
         assert (tmp_path / "out" / name).read_bytes() == (hf / name).read_bytes(), name
     anew = run(*SMALL, *common, "--out", tmp_path / "other", "--resume", "auto")
     refused(anew, 78, r"train\.init_from: found '.*start', expected a Hugging Face folder or a checkpoint")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_engine.checkpoint.hf.export import Wishes, target_of
+from moe_engine.checkpoint.hf.first import changes_of
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.write import Target, config_text
 from moe_engine.checkpoint.shard import Entry
@@ -69,6 +70,13 @@ def test_case_18a_conversions_say_what_changes_nothing(tmp_path: Path, capsys: p
     assert said in capsys.readouterr().err
     config = json.loads((tmp_path / "up" / "config.json").read_text())
     assert not {"unsloth_fixed", "dtype", "rope_parameters"} & config.keys() and config["sliding_window"] is None
+    source = HfFolder(hf)
+    longer = source.model.model_copy(update={"max_position_embeddings": 8192})
+    assert changes_of(source, source.model) == changes_of(source, longer) == [], "its window is no shorter than it"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 64}))
+    source = HfFolder(hf)
+    assert changes_of(source, source.model) == []
+    assert changes_of(source, longer) == [line for line in source.notes if "sliding_window: 64" in line] != []
     assert HfFolder(tmp_path / "up").notes == [] and config["rope_theta"] == 1e4
 
 
