@@ -276,6 +276,13 @@ def test_case_02c_experts_under_either_name(kind: str) -> None:
         model_from_hf(base | {"num_local_experts": 6, "num_experts": 5})
 
 
+def test_case_02_a_width_of_heads_that_one_version_ignores_is_not_written() -> None:
+    wide = Model.model_validate(ODD | {"moe_layers": "all", "qk_norm": "projection"})
+    with pytest.raises(ConfigError, match="head_dim: 10 cannot be written as olmoe, which has 6"):
+        model_to_hf(wide, "olmoe", "bfloat16", None, {})
+    model_to_hf(wide.model_copy(update={"head_dim": 6}), "olmoe", "bfloat16", None, {})
+
+
 WILD = {
     "unsloth_fixed": True,
     "is_llama_config": True,

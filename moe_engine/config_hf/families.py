@@ -48,6 +48,11 @@ def qwen3_moe_keys(model: Model) -> dict[str, Any]:
     return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
 
 
+def olmoe_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """OLMoE's norms of q and k are as wide as the model: transformers 4 reads no head_dim, 5 could not use another."""
+    return {"head_dim": config["hidden_size"] // config["num_attention_heads"]}
+
+
 def llama_moe_v2_experts(config: Mapping[str, Any]) -> dict[str, Any]:
     """LLaMA-MoE-v2 (2411.15708): c dense layers at both ends, as wide as all experts; one expert that is always on."""
     experts, width, ends = config["num_local_experts"], config["intermediate_size"], config.get(ENDS) or 0
@@ -134,6 +139,7 @@ FAMILIES = {
         ROUTING
         | {"num_local_experts": "num_experts", "moe_intermediate_size": "intermediate_size"}
         | {"norm_topk_prob": "norm_topk_prob"},
+        read=olmoe_heads,
     ),
     "llama_moe_v2": HfFamily(
         "MixtralForCausalLM",
