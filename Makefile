@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export DS_BUILD_OPS := 0
 
-.PHONY: help demo test test-slow verify faults sanitize checks format bench bench-kernels clean distclean
+.PHONY: help demo test test-slow interop verify faults sanitize checks format bench bench-kernels clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,6 +24,17 @@ test: $(READY) ## the tests that fit in minutes
 
 test-slow: $(READY) ## the long tests, and the GPU tests where there is a GPU
 	$(BIN)/python -m pytest -q -m "slow or gpu"
+
+interop: $(READY) .venv-interop-4/.ready .venv-interop-5/.ready ## what transformers 4.57 and 5.24 read in what is written
+	$(BIN)/python -m pytest -q tests/checkpoint/hf/test_interop.py
+
+# AutoConfig needs no torch
+.venv-interop-4/.ready: PIN := transformers==4.57.*
+.venv-interop-5/.ready: PIN := transformers==5.24.*
+.venv-interop-%/.ready: | $(READY)
+	test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D) || { rm -rf $(@D); exit 1; }
+	$(@D)/bin/python -m pip install "$(PIN)"
+	@touch $@
 
 verify: $(READY) ## train every layout of up to 8 ranks against one process (long)
 	$(BIN)/python tools/verify_layout.py
@@ -55,7 +66,7 @@ clean: ## remove what was built, but keep .venv and runs/
 	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-interop-*
 
 # torch comes first and without build isolation, so that the C++ extension and DeepSpeed are built against the same torch.
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)

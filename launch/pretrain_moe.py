@@ -106,7 +106,7 @@ def export(run: Run) -> str:
     root, folder = Path(run.train.out) / "checkpoints", Path(run.train.export_hf or "")
     steps = steps_in(root)
     newest = folder_of(root, steps[-1]) if steps else Path(run.train.resume or "")
-    target, written = export_checkpoint(newest, folder, Wishes(), verify=False)
+    target, written = export_checkpoint(newest, folder, Wishes(version=run.train.hf_version), verify=False)
     return (
         f"exported {newest} as {target.family}: {len(written.tensors)} tensors, {written.bytes / 1e9:.3f} GB, {folder}"
     )

@@ -14,12 +14,25 @@ planner and the tests of the layout rules start without it.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Size = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our word -> torch's; users may write either
+
+
+def short_dtype(word: Any) -> Any:
+    """Our word for a dtype that may be given by torch's; what is neither stays as it is."""
+    return next((ours for ours, torchs in DTYPES.items() if word == torchs), word)
+
+
+def torch_dtype(word: str) -> str:
+    """torch's word for a dtype that may be given by ours; what is neither stays as it is."""
+    return DTYPES.get(word, word)
+
 
 AuxLoss = Literal["micro_batch", "sequence", "global_batch", "hf_mixtral", "layerwise", "deepspeed_top2", "none"]
 
@@ -285,11 +298,12 @@ class Train(Section):
     micro_batch: Size = 1
     global_batch: Size = 1  # derived from accumulation when not given
     accumulation: Size = 1  # micro-batches per step; derived from global_batch when that is given
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_dtype)] = "fp32"
     recompute: Literal["none", "selective", "full"] = "none"
     out: Annotated[str, Field(min_length=1)] = "runs/default"
     init_from: str | None = None  # Hugging Face folder or checkpoint whose weights, and model, a new run starts with
     export_hf: str | None = None  # folder to write the final weights to, for Hugging Face's readers
+    hf_version: Annotated[int, Field(ge=4, le=5)] | None = None  # of transformers, in whose spelling; None: in both
     resume: str | None = None  # None, "auto" (the newest checkpoint in out) or the path of a checkpoint
     save_every: Count = 500  # the last step is always saved; 0: it alone
     async_save: bool = False  # write checkpoints while training goes on, from a copy in host memory

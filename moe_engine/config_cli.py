@@ -37,7 +37,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "--micro-batch": ("train.micro_batch", "N", "sequences of one rank in one pass"),
     "--global-batch": ("train.global_batch", "N", "sequences of a step: micro-batch * accumulation * dp * ep"),
     "--lr": ("optimizer.lr", "X", "peak learning rate"),
-    "--precision": ("train.precision", "fp32|bf16", "bf16 keeps fp32 master weights"),
+    "--precision": ("train.precision", "fp32|bf16", "or torch's float32|bfloat16; bf16 keeps fp32 master weights"),
     "--dp": ("parallel.dp", "N", "replicas of each expert (default: ranks / (ep * tp))"),
     "--ep": ("parallel.ep", "N", "ranks that share the experts of a layer"),
     "--tp": ("parallel.tp", "N", "ranks that share each matrix"),
@@ -46,6 +46,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "--recompute": ("train.recompute", "none|selective|full", "activations to recompute in backward"),
     "--init-from": ("train.init_from", "PATH", "start with the weights of a Hugging Face folder or a checkpoint"),
     "--export-hf": ("train.export_hf", "DIR", "write the final weights as a Hugging Face folder"),
+    "--hf-version": ("train.hf_version", "4|5", "spelling of its config.json, of transformers 4 or 5 (default: both)"),
     "--resume": ("train.resume", "auto|PATH", "continue from the newest checkpoint in --out, or from PATH"),
     "--save-every": ("train.save_every", "N", "steps between checkpoints"),
     "--async-save": ("train.async_save", "", "write checkpoints while training goes on"),
@@ -123,8 +124,10 @@ def load(argv: list[str], world_size: int | None, parser: Parser | None = None) 
     problems = unknown_flags(rest, parser)
     values, origin = Sources(problems).read(flags)
     unnamed = origin.pop("model.preset", None) is None
-    base = read_base(values, problems)
-    notes = read_json(flags["deepspeed"], values, origin, base or {}, problems) if "deepspeed" in flags else []
+    notes: list[str] = []
+    base = read_base(values, problems, notes)
+    if "deepspeed" in flags:
+        notes += read_json(flags["deepspeed"], values, origin, base or {}, problems)
     start = read_model(DEFAULT_MODEL) if base is None else base
     values["model"] = start | values.get("model", {})
     run = validate(values, {"model": start}, origin, problems)
@@ -136,7 +139,8 @@ def load(argv: list[str], world_size: int | None, parser: Parser | None = None) 
         reported = {key for line in problems if (key := line.partition(" ")[0].rstrip(":").partition(".")[2])}
         problems += [line for line in layout_problems(run, world) if reported.isdisjoint(re.findall(r"\w+", line))]
     if problems:
-        refuse(problems)
+        windows = [line for line in notes if "sliding_window" in line]  # they say why max_position_embeddings is small
+        refuse(problems + (windows if any("max_position_embeddings" in line for line in problems) else []))
     if unnamed:
         derived.insert(0, f"model = preset {DEFAULT_MODEL}")
     warnings = notes + clamped + without_effect(run, set(origin))
@@ -259,7 +263,7 @@ class Sources:
             self.problems += problem_lines(error)
 
 
-def read_base(values: dict[str, dict[str, Any]], problems: list[str]) -> dict[str, Any] | None:
+def read_base(values: dict[str, dict[str, Any]], problems: list[str], notes: list[str]) -> dict[str, Any] | None:
     """The keys of the preset or file that the model starts from, None when it cannot be read.
 
     Without a word on the model it is the demo's; a `model` mapping without `preset` in a YAML file must be complete.
@@ -272,7 +276,7 @@ def read_base(values: dict[str, dict[str, Any]], problems: list[str]) -> dict[st
         problems.append(f"train.init_from: found {shown(start)}, expected a Hugging Face folder or a checkpoint")
         return None
     try:
-        base = read_model(str(preset))
+        base = read_model(str(preset), notes)
     except ConfigError as error:
         problems += problem_lines(error)
         return None

@@ -4,7 +4,7 @@ YAML is read with safe types only, under limits of size, depth and aliases (an a
 expands), with YAML 1.2's scalars: `no` is a word and 1e-4 is a number. A key written twice is refused.
 
 A model is named by a preset (`configs/models/NAME.yaml`), by the path of such a file, or by a Hugging Face config.json
-(or its folder), see config_hf.py.
+(or its folder), see config_hf/.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import yaml
 
 from moe_engine.config import Model
-from moe_engine.config_hf import model_from_hf
+from moe_engine.config_hf import model_and_notes
 from moe_engine.config_report import nearest, problem_lines, refuse, shown
 from moe_engine.errors import ConfigError
 
@@ -134,8 +134,11 @@ def whose_model(start: str, resume: str, out: str) -> str:
     return start
 
 
-def read_model(name: str) -> dict[str, Any]:
-    """The Model keys of a preset, of a YAML file, of a Hugging Face config.json or its folder, or of a checkpoint."""
+def read_model(name: str, notes: list[str] | None = None) -> dict[str, Any]:
+    """The Model keys of a preset, of a YAML file, of a Hugging Face config.json or its folder, or of a checkpoint.
+
+    What a config.json says without effect is added to `notes`.
+    """
     names = preset_names()
     if name in names:
         return read_mapping(PRESETS / f"{name}.yaml")
@@ -153,12 +156,14 @@ def read_model(name: str) -> dict[str, Any]:
         )
     if path.suffix != ".json":
         return read_mapping(path)
-    return model_in(path, read_mapping(path)).model_dump(exclude_unset=True)
+    return model_in(path, read_mapping(path), [] if notes is None else notes).model_dump(exclude_unset=True)
 
 
-def model_in(path: Path, config: dict[str, Any]) -> Model:
-    """model_from_hf, with the path of the config.json before each problem."""
+def model_in(path: Path, config: dict[str, Any], notes: list[str]) -> Model:
+    """The Model of the config.json at `path`, which is named before each problem, and each line added to `notes`."""
     try:
-        return model_from_hf(config)
+        model, found = model_and_notes(config)
     except ConfigError as error:
         refuse(f"{path}: {line}" for line in problem_lines(error))
+    notes += [f"{path}: {line}" for line in found]
+    return model

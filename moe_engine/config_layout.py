@@ -207,6 +207,7 @@ def without_effect(run: Run, given: set[str]) -> list[str]:
             bool(data.domains),
             "prepared data has its own held-out part (prepare_data --eval-fraction)",
         ),
+        ("train.hf_version", not train.export_hf, "train.export_hf is not given"),
         ("train.eval_every", data.eval_fraction == 0, "data.eval_fraction is 0"),
         ("train.eval_batches", data.eval_fraction == 0, "data.eval_fraction is 0"),
         ("train.eval_every", train.eval_batches == 0 < train.eval_every, "eval_batches is 0: no evaluation"),

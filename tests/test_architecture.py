@@ -4,7 +4,7 @@ Each rule takes a tree of sources and yields one line per violation; CONTRIBUTIN
 tests: the repository breaks no rule, and every rule fires on small bad sources made for it (a rule that never fires
 proves nothing). Floors, from the ground up; an import may only go down, or stay inside its own package:
 
-    0  moe_engine/*.py    1  parallel, ops, host    2  model, data    3  prepare, checkpoint, upcycle
+    0  moe_engine/*.py, config_hf    1  parallel, ops, host    2  model, data    3  prepare, checkpoint, upcycle
     4  train, evaluate, analyze, plan         5  launch, tools
 """
 
@@ -23,6 +23,7 @@ FLOORS = {
     **dict.fromkeys(("moe_engine.train", "moe_engine.evaluate", "moe_engine.analyze", "moe_engine.plan"), 4),
     **dict.fromkeys(("launch", "tools"), 5),
 }
+GROUND = ("moe_engine/config_hf/",)  # folders on floor 0, among the files of moe_engine itself
 CORE = ("moe_engine/parallel/", "moe_engine/model/", "moe_engine/data/", "moe_engine/train/")
 CORE_BUDGET = 5_000
 FILE_LINES, FUNCTION_LINES = 400, 60
@@ -104,7 +105,8 @@ def python(sources: Sources, *folders: str) -> Iterator[tuple[str, ast.Module]]:
 def imports_go_down(sources: Sources) -> Iterator[str]:
     for path, tree in python(sources):
         mine = package_of(module_of(path))
-        if path.startswith("moe_engine/") and path.count("/") > 1 and mine == "moe_engine":
+        homeless = mine == "moe_engine" and path.count("/") > 1 and not path.startswith(GROUND)
+        if path.startswith("moe_engine/") and homeless:
             yield f"{path}: the package has no floor: give it one in tests/test_architecture.py"
         for line, name in imports(path, tree):
             theirs = package_of(name)

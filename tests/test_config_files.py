@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from moe_engine.config import Model
+from moe_engine.config_cli import load
 from moe_engine.config_files import parse_yaml, preset_names, read_mapping, read_model, whose_model
 from moe_engine.config_hf import model_from_hf
 from moe_engine.errors import ConfigError
+from moe_engine.plan.dry_run import describe
+from tools.params import main as params
 
 LLAMA = {
     "model_type": "llama",
@@ -112,7 +115,7 @@ def test_model_by_name_file_and_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert read_model(str(tmp_path)) == read_model(str(tmp_path / "config.json"))
     assert Model.model_validate(read_model(str(tmp_path))) == model_from_hf(LLAMA)
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"mlp_bias": True, "sliding_window": 8}))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"mlp_bias": True, "sliding_window": 0}))
     with pytest.raises(ConfigError) as caught:
         read_model(str(tmp_path))
     assert str(caught.value).count(f"{tmp_path / 'config.json'}: ") == 2
@@ -143,3 +146,22 @@ def test_the_model_of_a_start_that_is_gone_is_that_of_the_checkpoint(tmp_path: P
     assert read_model(whole) == {"hidden_size": 8}
     Path(start).mkdir()
     assert whose_model(start, "auto", str(out)) == start
+
+
+def test_case_18a_a_run_and_the_counter_say_what_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run, its dry run and tools/params.py; conversions are in tests/checkpoint/hf/test_config_text.py."""
+    config = tmp_path / "config.json"
+    wild = {"unsloth_fixed": True, "sliding_window": 64, "max_position_embeddings": 512, "vocab_size": 264}
+    config.write_text(json.dumps(LLAMA | wild))
+    loaded = load(["--model", str(tmp_path), "--seq-length", "64", "--out", str(tmp_path / "out")], 1)
+    window, keys = loaded.warnings
+    assert window.startswith(f"{config}: sliding_window: 64 is full") and keys.startswith(f"{config}: unsloth_fixed: ")
+    assert {f"warning: {window}", f"warning: {keys}"} <= set(describe(loaded))
+    with pytest.raises(ConfigError) as caught:
+        load(["--model", str(tmp_path), "--seq-length", "65"], 1)
+    assert "seq_length: found 65, expected at most model.max_position_embeddings 64" in str(caught.value)
+    assert f"{config}: sliding_window: 64 is full attention" in str(caught.value), "or nobody knows where 64 is from"
+    assert params(["--model", str(tmp_path)]) == 0
+    assert f"warning: {keys}\n" in capsys.readouterr().err

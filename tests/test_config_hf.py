@@ -7,7 +7,8 @@ import pytest
 
 from moe_engine.config import Model
 from moe_engine.config_files import preset_names, read_mapping, read_model
-from moe_engine.config_hf import IN_TRAINING_ONLY, dtype_of, family_of, model_from_hf, model_to_hf
+from moe_engine.config_hf import IN_TRAINING_ONLY, family_of, model_and_notes, model_from_hf, model_to_hf
+from moe_engine.config_hf.spelling import dtype_of
 from moe_engine.errors import ConfigError
 from moe_engine.sizes import parameter_counts
 
@@ -65,13 +66,13 @@ def test_absent_keys_take_the_defaults_of_the_family() -> None:
         ({"attention_bias": True}, "attention_bias: found True"),
         ({"mlp_bias": True}, "mlp_bias: found True"),
         ({"attention_dropout": 0.1}, "attention_dropout: found 0.1"),
-        ({"sliding_window": 4096}, "sliding_window: found 4096, only null"),
+        ({"sliding_window": "4096"}, "sliding_window: found '4096', expected null or a number of tokens"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling.low_freq_factor: not given"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_parameters: rope_type 'yarn'"),
         ({"rope_scaling": "llama3"}, "rope_scaling: found 'llama3', expected a mapping"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4} is not a feature"),
-        ({"num_local_experts": 4}, "num_local_experts: 4 is not a feature"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: found {'bits': 4}, only null"),
+        ({"use_attn_moe": True}, "use_attn_moe: found True, only null"),
         ({"hidden_size": "wide"}, "hidden_size: found 'wide'"),
         ({"hidden_size": None}, "hidden_size: not given"),
         (
@@ -88,7 +89,7 @@ def test_unsupported_features_are_refused_by_name(change: dict, words: str) -> N
 
 def test_unsupported_features_arrive_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        model_from_hf(LLAMA | {"mlp_bias": True, "sliding_window": 8, "vocab_size": -1})
+        model_from_hf(LLAMA | {"mlp_bias": True, "sliding_window": 0, "vocab_size": -1})
     assert all(key in str(caught.value) for key in ("mlp_bias", "sliding_window", "vocab_size"))
 
 
@@ -196,13 +197,16 @@ def test_a_mixtral_made_of_a_llama_keeps_its_token_ids_alone() -> None:
     config = model_to_hf(routed, "mixtral", "bfloat16", None, carried)
     assert {key: config[key] for key in ids} == ids and config["use_cache"] is True
     assert config["architectures"] == ["MixtralForCausalLM"] and config["model_type"] == "mixtral"
-    assert not {"mlp_bias", "attention_bias", "dtype", "rope_parameters"} & config.keys()
-    assert (config["torch_dtype"], config["rope_theta"]) == ("bfloat16", 5e5)
-    assert config["rope_scaling"] == rope["rope_scaling"] and config["intermediate_size"] == 24
+    assert not {"mlp_bias", "attention_bias"} & config.keys() and config["intermediate_size"] == 24
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16" and config["rope_theta"] == 5e5
+    assert config["rope_scaling"] == rope["rope_scaling"]
+    assert config["rope_parameters"] == rope["rope_scaling"] | {"rope_theta": 5e5}
+    old = model_to_hf(routed, "mixtral", "bfloat16", 4, carried)
+    assert not {"dtype", "rope_parameters", "transformers_version"} & old.keys()
     new = model_to_hf(routed, "mixtral", "bfloat16", 5, carried)
     assert not {"torch_dtype", "rope_theta", "rope_scaling", "transformers_version"} & new.keys()
     assert new["dtype"] == "bfloat16" and new["rope_parameters"] == rope["rope_scaling"] | {"rope_theta": 5e5}
-    assert model_from_hf(config) == model_from_hf(new)
+    assert model_from_hf(config) == model_from_hf(old) == model_from_hf(new)
 
 
 def test_a_name_that_is_no_dtype_is_none() -> None:
@@ -230,3 +234,108 @@ def test_keys_in_the_wild_that_change_nothing_are_passed_over() -> None:
         model_from_hf(
             LLAMA | {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}}
         )
+
+
+def test_case_02_both_spellings_together_must_agree() -> None:
+    scaling = LLAMA3 | {"rope_type": "llama3"}
+    both = LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling, "rope_parameters": scaling | {"rope_theta": 5e5}}
+    assert model_from_hf(both) == model_from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling})
+    for change, words in (
+        ({"rope_theta": 1e4}, r"rope_theta: found rope_theta 10000\.0 and rope_parameters\.rope_theta 500000\.0"),
+        ({"rope_scaling": scaling | {"factor": 2.0}}, "rope_parameters and rope_scaling are both given and differ"),
+        ({"rope_scaling": {"rope_type": "default"}}, "rope_parameters and rope_scaling are both given and differ"),
+        ({"original_max_position_embeddings": 7}, r"original_max_position_embeddings: found 7 and rope_"),
+        ({"rope_parameters": {"full_attention": scaling}}, r"rope_parameters\.full_attention: .* is not supported"),
+        ({"rope_parameters": scaling | {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor: 0\.5 is not"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            model_from_hf(both | change)
+
+
+def test_case_02b_a_theta_beside_dtype_is_not_lost() -> None:
+    """transformers 4.57.1 writes `dtype`, and rope in the spelling of 4: what is written keeps both words of all."""
+    carried = LLAMA | {"dtype": "bfloat16", "rope_theta": 5e5, "transformers_version": "4.57.1", "eos_token_id": 3}
+    config = model_to_hf(model_from_hf(carried), "llama", "bfloat16", None, carried)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5 and config["rope_scaling"] is None
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16" and config["eos_token_id"] == 3
+    assert model_from_hf({key: config[key] for key in config if key != "rope_parameters"}) == model_from_hf(carried)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_case_02c_experts_under_either_name(kind: str) -> None:
+    """transformers 5.24 saves Qwen3-MoE's number as num_local_experts, where 4.57 takes the default, 128."""
+    base = LLAMA | {"model_type": kind, "num_key_value_heads": 4, "num_experts_per_tok": 2}
+    names = ("num_local_experts", "num_experts")
+    model = model_from_hf(base | dict.fromkeys(names, 6))
+    assert model.num_local_experts == 6
+    for name in names:
+        assert model_from_hf(base | {name: 6}) == model
+        config = model_to_hf(model, kind, "bfloat16", None, base | {name: 6})
+        assert config.keys() & set(names) == {"num_local_experts" if kind == "mixtral" else "num_experts"}
+    with pytest.raises(ConfigError, match=r"expert.*remove the wrong one"):
+        model_from_hf(base | {"num_local_experts": 6, "num_experts": 5})
+
+
+def test_case_02_a_width_of_heads_that_one_version_ignores_is_not_written() -> None:
+    wide = Model.model_validate(ODD | {"moe_layers": "all", "qk_norm": "projection"})
+    with pytest.raises(ConfigError, match="head_dim: 10 cannot be written as olmoe, which has 6"):
+        model_to_hf(wide, "olmoe", "bfloat16", None, {})
+    model_to_hf(wide.model_copy(update={"head_dim": 6}), "olmoe", "bfloat16", None, {})
+
+
+WILD = {
+    "unsloth_fixed": True,
+    "is_llama_config": True,
+    "max_sequence_length": 2048,
+    "transformers.js_config": {"dtype": {"fp16": "q4"}},
+    "evil\x1b[31m": 1,
+}
+
+
+def test_case_18a_keys_that_no_model_reads_are_named_and_change_nothing() -> None:
+    model, notes = model_and_notes(LLAMA | WILD)
+    assert model == model_from_hf(LLAMA) and model_and_notes(LLAMA)[1] == []
+    (line,) = notes
+    assert all(shown_key in line for shown_key in (*list(WILD)[:4], "evil\\x1b[31m")) and "\x1b" not in line
+    (line,) = model_and_notes(LLAMA | {f"key{i}": i for i in range(5000)})[1]
+    assert "and 4992 more" in line
+    (line,) = model_and_notes(LLAMA | {"rope_parameters": {"rope_theta": 1e4, "beta_fast": 32}})[1]
+    assert line.startswith("rope_parameters.beta_fast: 32 changes nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"auto_map": {"AutoModel": "evil--x.X"}, "routers": 2}, r"routers: .*auto_map.* never run"),
+        ({"trust_remote_code": True}, "trust_remote_code: found True, only null"),
+        ({"experts_implementation": "evil/repo:moe"}, "experts_implementation: found 'evil/repo:moe'"),
+        ({"_attn_implementation_internal": "evil/repo:a"}, "_attn_implementation_internal: found"),
+        ({"transformers_weights": "other.bin"}, "transformers_weights: found"),
+        ({"is_causal": False}, "is_causal: found False, only True"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads: found"),
+        ({"per_layer_config": {"0": {"rms_norm_eps": 1}}}, "per_layer_config: found"),
+        ({"num_kv_shared_layers": 1}, "num_kv_shared_layers: found"),
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types: found"),
+    ],
+)
+def test_case_18a_keys_that_change_the_function_are_refused(change: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        model_from_hf(LLAMA | change)
+
+
+def test_case_18a_a_window_is_as_many_positions() -> None:
+    mixtral = LLAMA | {"model_type": "mixtral", "num_key_value_heads": 4, "max_position_embeddings": 4096}
+    for window in (4096, 5000):
+        assert model_and_notes(mixtral | {"sliding_window": window}) == (model_from_hf(mixtral), [])
+    model, (line,) = model_and_notes(mixtral | {"sliding_window": 128})
+    assert model == model_from_hf(mixtral | {"max_position_embeddings": 128})
+    assert line.startswith("sliding_window: 128 is full attention up to 128 tokens") and "4096" in line
+    # who has a window, and who only says so
+    for kind, off, positions in (("mixtral", False, 128), ("llama", False, 4096), ("qwen3_moe", None, 4096)):
+        said = mixtral | {"model_type": kind, "num_experts": 8, "sliding_window": 128, "use_sliding_window": off}
+        said = said if kind != "llama" else said | {"num_experts": None}
+        assert model_from_hf(said).max_position_embeddings == positions, kind
+    qwen = mixtral | {"model_type": "qwen3_moe", "use_sliding_window": True, "max_position_embeddings": 8192}
+    assert model_from_hf(qwen).max_position_embeddings == 4096, "the default of its window"
+    both = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 128}
+    assert model_from_hf(LLAMA | both).max_position_embeddings == 128

@@ -33,6 +33,8 @@ FOLDER = ROOT / "docs" / "benchmarks"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    from moe_engine.config import short_dtype
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--shapes", nargs="+", metavar="SHAPE", help=f"{', '.join(NAMED)}, or E,K,D,F (default: those of the device)"
@@ -40,7 +42,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, help="instead of the tokens that belong to a shape")
     parser.add_argument("--routing", default="all", choices=["balanced", "zipf", "one-hot", "all"])
     parser.add_argument("--ops", default="layer", help="layer (default), all, or the name of one op")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "both"], help="default: bf16 on a GPU, both on CPU")
+    parser.add_argument(
+        "--dtype", type=short_dtype, choices=["fp32", "bf16", "both"], help="default: bf16 on a GPU, both on CPU"
+    )
     parser.add_argument("--peers", nargs="+", default=["all"], metavar="PEER", help="all (default), none, or names")
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds, after two that warm up")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")

@@ -202,10 +202,12 @@ def bench(shape: Shape, precision: Literal["fp32", "bf16"], repeats: int, thread
 
 
 def main() -> int:
+    from moe_engine.config import short_dtype
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["transformers"], default="transformers")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "both"], default="both")
+    parser.add_argument("--precision", type=short_dtype, choices=["fp32", "bf16", "both"], default="both")
     parser.add_argument("--experts", choices=["8", "64", "both"], default="both")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the figures here")

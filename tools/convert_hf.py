@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The three commands."""
+    from moe_engine.config import DTYPES, short_dtype
     from moe_engine.config_cli import Parser
 
     top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,9 +54,9 @@ def parser() -> argparse.ArgumentParser:
     write.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT", help="imported, or step-N of a run")
     write.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     write.add_argument("--family", metavar="NAME", help="model_type to write (default: the one that holds the model)")
-    write.add_argument("--hf-version", type=int, choices=(4, 5), help="spelling of config.json (default: as it came)")
+    write.add_argument("--hf-version", type=int, choices=(4, 5), help="spelling of config.json (default: both)")
     write.add_argument("--expert-layout", choices=("per-expert", "fused"), help="default: as it came, or per-expert")
-    write.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it came")
+    write.add_argument("--dtype", type=short_dtype, choices=list(DTYPES), help="or torch's word (default: as it came)")
     write.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default 5)")
     write.set_defaults(run=export)
     check = commands.add_parser("verify", help="every tensor of a folder against a checkpoint, bit by bit")
@@ -74,6 +75,7 @@ def import_(options: argparse.Namespace) -> int:
     from moe_engine.checkpoint.hf.read import read_hf
 
     folder = HfFolder(options.hf)
+    warn(folder.notes)
     total = sum(entry.nbytes for entry in folder.entries.values())
     with bar(total, "import") as beat:
         written = read_hf(folder, options.out, beat, options.allow_nonfinite)
@@ -112,6 +114,7 @@ def verify(options: argparse.Namespace) -> int:
     from moe_engine.config_hf import differences
 
     folder = HfFolder(options.hf)
+    warn(folder.notes)
     reader, model = open_checkpoint(options.checkpoint)
     different: list[str] = []
     strange: dict[str, str] = {}
@@ -164,6 +167,14 @@ def side_differences(there: Mapping[str, bytes], here: Mapping[str, bytes]) -> I
 def nonfinite_lines(found: Mapping[str, str]) -> list[str]:
     """A line for each tensor with NaN or infinities."""
     return [f"{name}: {said}" for name, said in found.items()]
+
+
+def warn(lines: list[str]) -> None:
+    """On standard error, one line each."""
+    from moe_engine.log import printable
+
+    for line in lines:
+        print(f"warning: {printable(line)}", file=sys.stderr)
 
 
 def summary(written: Any) -> str:

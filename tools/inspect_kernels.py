@@ -195,13 +195,19 @@ def print_table(rows: list[Row]) -> None:
 
 
 def arguments() -> argparse.Namespace:
+    from moe_engine.config import torch_dtype
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--targets", nargs="*", choices=[*TARGETS], default=STUDIED,
         help=f"GPUs to compile for: some of {' '.join(TARGETS)}, or all if none is named (default: sm_80 sm_90)",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16", "float32"]
+        "--dtype",
+        nargs="+",
+        type=torch_dtype,
+        choices=["bfloat16", "float16", "float32"],
+        default=["bfloat16", "float32"],
     )
     folders = sorted(path.parent.name for path in (ROOT / "moe_engine" / "ops").glob("*/triton.py"))
     parser.add_argument("--ops", nargs="*", choices=folders, default=[], help="names of op folders; all by default")

@@ -24,6 +24,7 @@ from moe_engine.host.console import run_program
 
 if TYPE_CHECKING:
     from moe_engine.config import Run
+    from moe_engine.config_cli import Loaded
     from moe_engine.plan.params import Census, Part
 
 TITLES = ("parameters", "active", "on one rank", "trainable")
@@ -39,10 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     add_flags(parser)
     try:
         options = parser.parse_args(arguments)
-        census = census_of(run_of(options), options)
+        loaded = load_run(options)
+        census = census_of(loaded.run, options)
     except EngineError as error:
         print(f"error: {BULLET.join(map(printable, str(error).split(BULLET)))}", file=sys.stderr)
         return error.exit_code
+    for line in loaded.warnings:
+        print(f"warning: {printable(line)}", file=sys.stderr)
     if options.json:
         print(json.dumps(as_json(census), indent=2))
     else:
@@ -65,7 +69,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def run_of(options: argparse.Namespace) -> "Run":
+def load_run(options: argparse.Namespace) -> "Loaded":
     """The run whose model and layout are counted, checked as a launch would check it."""
     from moe_engine.config_cli import load
     from moe_engine.errors import ConfigError
@@ -77,7 +81,7 @@ def run_of(options: argparse.Namespace) -> "Run":
     words += [word for assignment in options.set for word in ("--set", assignment)]
     if not options.config:  # a batch that every model and tp can cut
         words += ["--seq-length", "2", "--micro-batch", str(max(options.tp or 1, 1))]
-    return load(words, None).run
+    return load(words, None)
 
 
 def census_of(run: "Run", options: argparse.Namespace) -> "Census":

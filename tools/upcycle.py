@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--out", type=Path, required=True, metavar="PATH", help="what to write")
     out.add_argument("--family", choices=("mixtral", "llama_moe_v2"), help="of the folder (default: mixtral)")
     out.add_argument("--format", choices=("hf", "checkpoint"), default="hf", help="a folder (default) or a checkpoint")
+    out.add_argument("--hf-version", type=int, choices=(4, 5), help="spelling of config.json (default: both)")
     out.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default 5)")
     out.add_argument("--models", type=Path, nargs="+", default=[], metavar="DIR", help="mix: the other dense models")
     add_options(out)
@@ -67,13 +68,14 @@ def parser() -> argparse.ArgumentParser:
 
 def upcycle(given: argparse.Namespace) -> int:
     """Make it, write it, compare it. What can be said against it comes before any work."""
+    from tools.convert_hf import summary, warn
+
     options = options_of(given)
-    for line in idle(given):
-        print(f"warning: {line}", file=sys.stderr)
+    warn(list(idle(given)))
     parents = parents_of(given)
+    warn([line for parent in parents for line in parent.notes])
     child = child_of(given.method, parents[0].model, options)
 
-    from tools.convert_hf import summary
     from tools.upcycling.observe import observe, rows_of
     from tools.upcycling.result import compare, expected_of, hf_target, write
     from tools.upcycling.source import Upcycled

@@ -14,6 +14,7 @@ from moe_engine.errors import ConfigError
 HARMLESS = {
     *("out", "resume", "save_every", "eval_every", "eval_batches", "log_every", "tokenizer", "init_from"),
     *("async_save", "keep_last", "keep_every", "on_save_error", "step_timeout", "recompute", "export_hf"),
+    "hf_version",
 }
 BALANCING = {
     *("router_aux_loss", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise", "capacity_factor"),

@@ -1,5 +1,6 @@
 """Runs that start from a Hugging Face folder or a checkpoint, and end as one, started as a user starts them."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -52,9 +53,14 @@ def test_weights_that_do_not_move_come_out_as_they_went_in(
         theirs(family, vocab_size=264, **({"norm_topk_prob": True} if family != "llama" else {})), tmp_path / "hf"
     )
     out = tmp_path / "out"
-    done = run(*SMALL, *STILL, "--init-from", hf, "--export-hf", out, "--out", tmp_path / "run", "--data", tokens)
+    common = ("--init-from", hf, "--out", tmp_path / "run", "--data", tokens)
+    done = run(*SMALL, *STILL, *common, "--export-hf", out, "--hf-version", "4")
     assert done.code == 0, done.err
     same_tensors(out, hf)
+    was, now = (json.loads((folder / "config.json").read_text()) for folder in (hf, out))
+    assert now["rope_theta"] == was["rope_parameters"]["rope_theta"] and now["torch_dtype"] == was["dtype"]
+    assert not {"rope_parameters", "dtype", "num_local_experts"} & now.keys() and now["eos_token_id"] == 2
+    assert now.get("num_experts") == was.get("num_local_experts")
 
 
 def test_a_checkpoint_starts_a_run_that_needs_it_no_more(

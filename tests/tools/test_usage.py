@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
         ("upcycle --hf x --out y --method copy --noise 1", "unrecognized arguments: --noise 1"),
         ("convert_hf", "the following arguments are required: import|export|verify"),
         ("convert_hf import --hf x --ou y", "the following arguments are required: --out"),
-        ("convert_hf export --checkpoint x --out y --dtype fp16", "argument --dtype: invalid choice: 'fp16'"),
+        ("convert_hf export --checkpoint x --out y --dtype fp8", "argument --dtype: invalid choice: 'fp8'"),
         ("inspect_checkpoint a b c", "found 3 folders, expected one or two"),
         ("params tiny", "unrecognized arguments: tiny"),
     ],

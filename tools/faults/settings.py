@@ -216,6 +216,7 @@ ALLOWED = {  # in spite of their sections: where things lie, how often they are 
     *("data.tokenizer", "data.domains.path", "train.out", "train.resume", "train.save_every", "train.async_save"),
     *("train.keep_last", "train.keep_every", "train.on_save_error", "train.step_timeout", "train.recompute"),
     *("train.eval_every", "train.eval_batches", "train.log_every", "train.init_from", "train.export_hf"),
+    "train.hf_version",
 }
 WARNED = {  # of the model, what weighs in training alone
     *("model.router_aux_loss", "model.router_aux_loss_coef", "model.router_z_loss_coef", "model.router_jitter_noise"),
@@ -273,6 +274,7 @@ def changed(run: Run, section: str, key: str, rest: list[str]) -> Any:
         "attention_moe_layers": (0,),
         "init_from": "another-folder",
         "export_hf": "another-folder",
+        "hf_version": 4,
         "capacity_factor": 1.25,
         "tokenizer": "bytes",
     }

@@ -122,6 +122,8 @@ def idle(given: argparse.Namespace) -> Iterator[str]:
         for name in ("attention_top_k", "attention_scale"):
             if hasattr(given, name):
                 yield f"{spelled(name)} has no effect without --attention-experts"
+    if given.hf_version and given.format != "hf":
+        yield "--hf-version has no effect on --format checkpoint: give it to tools/convert_hf.py export"
     if given.prompts and given.router_init not in OF_PROMPTS:
         yield f"--prompts has no effect on --router-init {given.router_init}: it is for {', '.join(OF_PROMPTS)}"
     if given.importance != "feature_change" and given.method not in SCORED:

@@ -41,7 +41,8 @@ def hf_target(given: argparse.Namespace, child: Model, parent: HfFolder) -> Targ
         raise ConfigError(
             f"--format hf: {why}; --format checkpoint holds every model, --family llama_moe_v2 some that are no Mixtral"
         ) from None
-    return Target(family, next(iter(TABLES[family])), side=parent.side, shard_bytes=shard_bytes(given))
+    layout = next(iter(TABLES[family]))
+    return Target(family, layout, version=given.hf_version, side=parent.side, shard_bytes=shard_bytes(given))
 
 
 def shard_bytes(given: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.manifest import NAME, file_in, read_manifest
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.shard import SUFFIX
-from moe_engine.config_hf import dtype_of, spelling_of
+from moe_engine.config_hf.spelling import dtype_of
 from moe_engine.config_report import shown
 from moe_engine.errors import ConfigError, DataError
 
@@ -73,6 +73,6 @@ def with_dtype(source: HfFolder | Reader | None, side: Mapping[str, bytes]) -> b
     config = carried_config(side)
     if source is None or dtype_of(config) or (isinstance(source, Reader) and "hf" not in source.manifest):
         return side[CONFIG]
-    key = "dtype" if spelling_of(config) > 4 else "torch_dtype"
-    config[key] = next(iter(source.elements_by_dtype()))
+    config.pop("dtype", None)
+    config["torch_dtype"] = next(iter(source.elements_by_dtype()))  # the key that transformers 4 and 5 both read
     return (json.dumps(config, indent=2) + "\n").encode()

@@ -14,14 +14,15 @@ from moe_engine.checkpoint.hf.write import Target, refuse_biases, write_hf
 from moe_engine.checkpoint.manifest import NAME, problems_of
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.weights_only import Beat, Written
-from moe_engine.config import Model, Run
-from moe_engine.config_hf import FAMILIES, came_as, differences, dtype_of, family_of, model_from_hf
+from moe_engine.config import Model, Run, torch_dtype
+from moe_engine.config_hf import FAMILIES, came_as, differences, family_of, model_from_hf
+from moe_engine.config_hf.spelling import dtype_of
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import obstacle
 
 
 class Wishes(NamedTuple):
-    """None: as the weights came, or for a run that began from nothing the usual. dtype: torch's name of it."""
+    """None: as the weights came, or for a run that began from nothing the usual. dtype: "bf16" or "bfloat16"."""
 
     family: str | None = None
     layout: str | None = None
@@ -82,9 +83,8 @@ def target_of(manifest: dict[str, Any], model: Model, side: Mapping[str, bytes],
     layout = wishes.layout or (came.get("layout") if came.get("layout") in layouts else layouts[0])
     dtype = wishes.dtype
     if dtype is None and "hf" not in manifest:  # masters are fp32, whatever the run computed in
-        run = "bfloat16" if manifest["run"]["train"]["precision"] == "bf16" else "float32"
-        dtype = dtype_of(carried_config(side)) or run
+        dtype = dtype_of(carried_config(side)) or manifest["run"]["train"]["precision"]
     if not 0 < wishes.shard_gb < math.inf:
         raise ConfigError(f"--shard-gb {wishes.shard_gb}: expected a number of GB above 0")
-    kind = getattr(torch, dtype) if dtype else None
-    return Target(family, layout, kind, wishes.version, side, int(wishes.shard_gb * 1e9))
+    kind = getattr(torch, torch_dtype(dtype)) if dtype else None
+    return Target(family, layout, kind, wishes.version, side, bool(came), int(wishes.shard_gb * 1e9))

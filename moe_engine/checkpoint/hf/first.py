@@ -30,7 +30,10 @@ def changes_of(source: HfFolder | Reader, model: Model) -> list[str]:
     """One line for each setting that makes the run's model another function of the same weights."""
     theirs = source.model if isinstance(source, HfFolder) else Model.model_validate(source.manifest["run"]["model"])
     changes = differences(model, theirs).items()
-    return [f"model.{key} was {was} and is {now} in this run" for key, (now, was) in changes]
+    lines = [f"model.{key} was {was} and is {now} in this run" for key, (now, was) in changes]
+    if isinstance(source, HfFolder) and model.max_position_embeddings > source.model.max_position_embeddings:
+        lines += [line for line in source.notes if "sliding_window" in line]  # past it, the weights know no attention
+    return lines
 
 
 def check_shapes(source: Source, ours: Mapping[str, tuple[int, ...]]) -> None:

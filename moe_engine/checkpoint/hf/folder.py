@@ -36,13 +36,14 @@ class HfFolder(Source):
 
     config: of config.json. model, family, layout: what it is, and how its experts are written. side: the files that go
     along. places: of each tensor on disk, in order. entries: its dtype and shape. files: where it lies. chosen: the
-    file that says so; unread: other weights that are there.
+    file that says so; unread: other weights that are there. notes: for the user, of config.json.
     """
 
     def __init__(self, folder: Path, keep_open: int = 1):
         self.config = read_config(folder)
         self.chosen = chosen(folder, self.config)
-        self.model: Model = model_in(folder / CONFIG, self.config)
+        self.notes: list[str] = []
+        self.model: Model = model_in(folder / CONFIG, self.config, self.notes)
         self.family = family_in(self.config)
         self.side, weights = contents_of(folder)
         try:

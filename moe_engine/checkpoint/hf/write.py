@@ -24,7 +24,8 @@ from moe_engine.checkpoint.partial import Partial
 from moe_engine.checkpoint.shard import Digest, Entry, stream_shard
 from moe_engine.checkpoint.weights_only import Beat, Weights, Written, digests_of, hash_of, nonfinite_in, write_bytes
 from moe_engine.config import Model
-from moe_engine.config_hf import FAMILIES, came_as, dtype_of, model_from_hf, model_to_hf, spelling_of
+from moe_engine.config_hf import FAMILIES, both_readers_agree, came_as, model_from_hf, model_to_hf
+from moe_engine.config_hf.spelling import dtype_of
 from moe_engine.errors import ConfigError, DataError
 
 SHARD_BYTES = 5 * 10**9  # as transformers
@@ -32,13 +33,15 @@ SHARD_BYTES = 5 * 10**9  # as transformers
 
 class Target(NamedTuple):
     """What is written. family: a model_type. layout: of its experts. dtype: None keeps each tensor's own.
-    version: transformers' spelling of config.json, 4 or 5; None keeps it. side: other files, by name."""
+    version: transformers' spelling of config.json, 4 or 5; None: both. side: other files, by name. untouched: the
+    weights are those that `side` came with, and so is its config.json."""
 
     family: str
     layout: str
     dtype: torch.dtype | None = None
     version: int | None = None
     side: Mapping[str, bytes] = {}
+    untouched: bool = False
     shard_bytes: int = SHARD_BYTES
 
 
@@ -124,16 +127,19 @@ def refuse_biases(model: Model) -> None:
 
 
 def config_text(model: Model, target: Target, entries: Mapping[str, Entry]) -> bytes:
-    """config.json: the one that came along, byte for byte, where it says all; else written anew."""
+    """config.json: the one that came along, byte for byte, where it says all; else written anew.
+
+    Beside weights that are not those it came with it has to say all to both versions of transformers.
+    """
     old, carried = target.side.get(CONFIG), carried_config(target.side)
     count: dict[torch.dtype, int] = {}
     for entry in entries.values():
         count[entry.dtype] = count.get(entry.dtype, 0) + entry.nbytes
     dtype = str(max(count, key=lambda kind: count[kind])).removeprefix("torch.")
     config = model_to_hf(model, target.family, dtype, target.version, carried)
-    if old and came_as(carried) == target.family and target.version in (None, spelling_of(carried)):
-        said = dtype_of(carried) or dtype
-        if config == model_to_hf(model_from_hf(carried), target.family, said, target.version, carried):
+    if old and target.version is None and came_as(carried) == target.family:
+        said = model_to_hf(model_from_hf(carried), target.family, dtype_of(carried) or dtype, None, carried)
+        if config == said and (target.untouched or both_readers_agree(carried)):
             return old
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 

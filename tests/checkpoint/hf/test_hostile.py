@@ -142,7 +142,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, str]] = {
         78,
         "config.json: model_type: found 'gpt_oss', expected llama",
     ),
-    "window": (lambda f: config(f, sliding_window=4096), 78, "sliding_window"),
+    "window": (lambda f: config(f, sliding_window=0), 78, "sliding_window"),
     "bias": (lambda f: config(f, attention_bias=True), 78, "attention_bias"),
     "index": (lambda f: (f / INDEX).write_text("[1]"), 65, "no index of safetensors files"),
     "nested index": (lambda f: (f / INDEX).write_text("[" * 100_000), 65, "no index of safetensors files"),
