@@ -81,6 +81,7 @@ def pretrain(loaded: Loaded, rank: int) -> None:
     from moe_engine.host.lock import lock
     from moe_engine.plan.dry_run import batch_lines, parameter_lines
     from moe_engine.plan.start import checkpoint_of, weight_warnings
+    from moe_engine.plan.tokenizers import check_tokenizers
 
     run = loaded.run
     out = Path(run.train.out)
@@ -88,8 +89,9 @@ def pretrain(loaded: Loaded, rank: int) -> None:
     if rank == 0:
         make_writable(out)
         held = lock(out)
-        if checkpoint_of(run) is None:
+        if (checkpoint := checkpoint_of(run)) is None:
             warnings += weight_warnings(run)  # weights of another model are refused before one is built
+        check_tokenizers(run, checkpoint)
         if run.train.export_hf:
             from moe_engine.checkpoint.hf.export import check_exportable
 

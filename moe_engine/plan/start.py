@@ -14,8 +14,7 @@ from moe_engine.checkpoint.reader import check_present, check_resume
 from moe_engine.config import Run
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import obstacle
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+from moe_engine.plan.tokenizers import check_tokenizers
 
 
 def start_lines(run: Run, checkpoint: tuple[Path, dict[str, Any]] | None) -> list[str]:
@@ -26,6 +25,7 @@ def start_lines(run: Run, checkpoint: tuple[Path, dict[str, Any]] | None) -> lis
         warnings, start = weight_warnings(run), run.train.init_from
         first = f"with the weights of {start}" if start else "afresh, with random weights"
         lines = [f"start       {first}", *(f"warning: {line}" for line in warnings)]
+    check_tokenizers(run, checkpoint)
     if run.train.export_hf:
         from moe_engine.checkpoint.hf.export import check_exportable
 
@@ -83,7 +83,4 @@ def weight_warnings(run: Run) -> list[str]:
     folder = Path(run.train.init_from)
     source = open_weights(folder)
     check_shapes(source, weight_shapes(run.model))
-    lines = changes_of(source, run.model)
-    if not run.data.domains and not run.data.tokenizer and any((folder / name).exists() for name in TOKENIZERS):
-        lines.append(f"no --data is given: the run reads Python's sources as bytes, which are other tokens in {folder}")
-    return lines
+    return changes_of(source, run.model)

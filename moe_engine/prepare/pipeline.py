@@ -30,16 +30,17 @@ from moe_engine.data.shards import (
     MANIFEST,
     SHARD_TOKENS,
     SPLITS,
+    TOKENIZER,
     ShardWriter,
     publish,
     read_manifest,
     token_dtype,
     write_manifest,
 )
-from moe_engine.data.tokenizer import Tokenizer, load_tokenizer
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.prepare.formats import BadRow, Piece, documents, list_files, read_pieces
 from moe_engine.prepare.progress import Progress
+from moe_engine.prepare.tokenizer.load import Tokenizer, load_tokenizer
 
 GROUP = 1 << 20  # bytes of input that one worker call takes
 BAD_ROWS = "bad_rows.jsonl"
@@ -109,6 +110,7 @@ def prepare(
         for domain, encoded in _encode_all(files, model, options, _worker_count(workers, total, model)):
             writer.add(domain, encoded)
         manifest = writer.finish(sources, key)
+        manifest["tokenizer"] |= {"files": _keep_tokenizer(folder / TOKENIZER, model), "notes": list(model.notes)}
         write_manifest(folder, manifest)
     return read_manifest(out)
 
@@ -136,7 +138,21 @@ def _key(sources: dict[str, list[dict[str, Any]]], model: Tokenizer, options: Op
         name: [[Path(source["path"]).name, source["bytes"], source["modified_ns"]] for source in found]
         for name, found in sources.items()
     }
-    return hashlib.sha256(json.dumps([known, model.fingerprint, asdict(options)]).encode()).hexdigest()
+    tokens = [model.fingerprint, model.bos_id if options.add_bos else None]
+    return hashlib.sha256(json.dumps([known, tokens, asdict(options)]).encode()).hexdigest()
+
+
+def _keep_tokenizer(folder: Path, model: Tokenizer) -> dict[str, str]:
+    """Writes the tokenizer's files into the prepared folder; the SHA-256 of each."""
+    folder.mkdir()
+    digests = {}
+    for name, content in model.kept().items():
+        with open(folder / name, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        digests[name] = hashlib.sha256(content).hexdigest()
+    return digests
 
 
 def _existing(out: Path, key: str, overwrite: bool) -> dict[str, Any] | None:
@@ -334,7 +350,7 @@ class _Writer:
             "vocab_size": model.vocab_size,
             "eos_id": model.eos_id,
             "bos_id": model.bos_id if self.options.add_bos else None,
-            "tokenizer": {"spec": model.spec, "kind": model.kind, "fingerprint": model.fingerprint},
+            "tokenizer": model.described() | {"add_bos": self.options.add_bos},
             "options": asdict(self.options),
             **totals,
             "bad_rows": sum(counts["bad_rows"] for counts in self.counts.values()),

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from moe_engine.data.loader import Batch, Loader, OpenDomain, open_domains
-from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
+from moe_engine.prepare.tokenizer.load import load_tokenizer
 from tools.faults.arena import Arena, Fault, Injections
 from tools.faults.rows import bad_rows, in_folder, long_lines, make, odd_files, refusal, tried
 
@@ -155,7 +155,6 @@ def data_cases(corpus: Path) -> Iterator[Case]:
     yield "less text than a global batch", lambda _: loader(micro_batch=10**4), "and a step of 10000 sequences takes"
     yield "a model of too few ids", lambda _: opened(vocab_size=256), "set model.vocab_size >= 257"
     yield "ids that no tokenizer has", damaged, "is outside the vocabulary of 257"
-    yield "another tokenizer", lambda _: opened(tokenizer_fingerprint="f" * 64), "was tokenised with bytes"
 
 
 def stops(arena: Arena, count: int) -> Injections:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from moe_engine.config_files import read_mapping
 from moe_engine.data.loader import IGNORED, Batch
-from moe_engine.data.tokenizer import Tokenizer, load_tokenizer
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.prepare.formats import BadRow, documents, list_files, read_pieces
 from moe_engine.prepare.pipeline import stdlib_sources
+from moe_engine.prepare.tokenizer.load import Tokenizer, load_tokenizer
 from moe_engine.upcycle import SCORED
 from moe_engine.upcycle.prompts import ExpertPrompts
 from tools.upcycling.flags import OF_FEATURES, OF_PROMPTS

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_engine.checkpoint import disk
 from moe_engine.checkpoint.hf.folder import CONFIG, blob_of
+from moe_engine.checkpoint.hf.tokenizer_files import with_tokenizer
 from moe_engine.host.files import size_in
 
 NAMES = (
@@ -32,9 +33,12 @@ def side_files(folder: Path) -> dict[str, bytes]:
     return out
 
 
-def keep_for_run(source: Path | None, out: Path) -> None:
-    """Copy them to OUT/hf, so that every checkpoint of the run can be exported with them; None: there are none."""
-    files = of_checkpoint(source) if source else {}
+def keep_for_run(source: Path | None, out: Path, tokenizer: Path, instead: bool = False) -> None:
+    """Copy them to OUT/hf, so that every checkpoint of the run can be exported with them; None: there are none.
+
+    tokenizer: the folder of the data's; its files go along where the source has none, or `instead` of its own.
+    """
+    files = with_tokenizer(of_checkpoint(source) if source else {}, tokenizer, instead)
     disk.remove(out / OF_A_RUN)  # of an earlier start
     if not files:
         return
