@@ -88,7 +88,7 @@ def test_damaged_folder_is_refused(make_dataset, tmp_path: Path) -> None:  # typ
         TokenDataset(folder, "books", "train")
     with pytest.raises(
         DataError,
-        match=r"token id 49999 .* vocabulary of 40000; .* set model.vocab_size >= 50000 for new weights; .* --resize-vocab 50000",
+        match=r"token id 49999 .* vocabulary of 40000; .* model.vocab_size >= 50000 .* --resize-vocab 50000",
     ):
         TokenDataset(folder, "web", "train", vocab_size=40_000)
 

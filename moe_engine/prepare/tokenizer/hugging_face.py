@@ -5,17 +5,17 @@ LlamaTokenizer puts its own rules for blanks in place of the file's. So transfor
 read here, and of nothing else: no code of the folder is run, and nothing is downloaded.
 """
 
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_engine.errors import ConfigError
+from moe_engine.prepare.tokenizer.convert import ANY_CLASS
 from moe_engine.prepare.tokenizer.identity import Encode, difference, fingerprint
 from moe_engine.prepare.tokenizer.special import Settings, added_tokens, special_of
 from moe_engine.prepare.tokenizer.tokenizer import CONFIG, JSON, KINDS, MERGES, MODEL, VOCAB, Files, Tokenizer, kept_of
-
-ANY_CLASS = "PreTrainedTokenizerFast"  # of which tokenizer.json alone decides, in all versions of transformers
 
 
 def hugging_face(
@@ -23,7 +23,7 @@ def hugging_face(
 ) -> Tokenizer:
     """The tokenizer of a folder's files. compare: gives notes on what other readers of the folder will do."""
     raw = _raw(spec, files)
-    made = _as_transformers(spec, files)
+    made = _as_transformers(spec, files, settings)
     model = made.backend_tokenizer
     model.no_truncation()
     model.no_padding()
@@ -96,7 +96,7 @@ def _raw(spec: str, files: Files) -> Any:
     return model
 
 
-def _as_transformers(spec: str, files: Files) -> Any:
+def _as_transformers(spec: str, files: Files, settings: Settings) -> Any:
     """What transformers makes of the files. vocab.json and merges.txt of which nothing is said are GPT-2's."""
     try:
         from transformers import AutoTokenizer, GPT2Tokenizer
@@ -107,6 +107,8 @@ def _as_transformers(spec: str, files: Files) -> Any:
         for name, content in files.items():
             if name != MODEL:
                 Path(folder, name).write_bytes(content)
+        if (cleaned := _as_it_is_read(settings[CONFIG])) != settings[CONFIG]:
+            Path(folder, CONFIG).write_text(json.dumps(cleaned))
         try:
             kind = AutoTokenizer if said else GPT2Tokenizer
             made = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -118,3 +120,13 @@ def _as_transformers(spec: str, files: Files) -> Any:
                 f"{JSON} that it loads without code of the folder's own"
             ) from None
     return made
+
+
+def _as_it_is_read(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json without what special.py takes and transformers does not: a null list, a bare object."""
+    texts = {
+        key: token["content"]
+        for key, token in config.items()
+        if key.endswith("_token") and isinstance(token, dict) and "content" in token and "__type" not in token
+    }
+    return {key: value for key, value in config.items() if key != "added_tokens_decoder" or value is not None} | texts

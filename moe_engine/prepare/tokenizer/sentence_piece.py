@@ -1,9 +1,10 @@
 """A SentencePiece .model (Llama 2, Mistral, Mixtral), and the tokens that the files beside it add to its pieces."""
 
 from moe_engine.errors import ConfigError
+from moe_engine.prepare.tokenizer.convert import ANY_CLASS, tokenizer_json
 from moe_engine.prepare.tokenizer.identity import fingerprint
 from moe_engine.prepare.tokenizer.special import Settings, added_tokens, special_of
-from moe_engine.prepare.tokenizer.tokenizer import CONFIG, KINDS, MODEL, Files, Tokenizer, kept_of
+from moe_engine.prepare.tokenizer.tokenizer import CONFIG, JSON, KINDS, MODEL, Files, Tokenizer, kept_of
 
 
 def sentence_piece(spec: str, files: Files, settings: Settings) -> Tokenizer:
@@ -37,8 +38,10 @@ def sentence_piece(spec: str, files: Files, settings: Settings) -> Tokenizer:
     def decode(ids: list[int]) -> str:
         return model.decode([i for i in ids if i < len(pieces)])
 
-    def kept() -> dict[str, bytes]:  # of no class, transformers converts the model as it is
-        return kept_of(files, settings, special, texts, tokenizer_class=None)
+    def kept() -> dict[str, bytes]:
+        content = tokenizer_json(files[MODEL], added, model.encode)
+        whole = files if content is None else {**files, JSON: content}
+        return kept_of(whole, settings, special, texts, tokenizer_class=ANY_CLASS if content else None)
 
     name = fingerprint(pieces, model.encode, special.eos_id)
     return Tokenizer(

@@ -42,7 +42,7 @@ def refuse_pointer(spec: str, name: str, content: bytes) -> None:
 
 
 def settings_of(spec: str, files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    """The SETTINGS among `files`, parsed; an absent one is empty. ConfigError for one that is no JSON object."""
+    """The SETTINGS among `files`, parsed; an absent one is empty. ConfigError for what is not of the types above."""
     found: dict[str, dict[str, Any]] = {}
     for name in SETTINGS:
         content = files.get(name, b"{}")
@@ -54,6 +54,10 @@ def settings_of(spec: str, files: Mapping[str, bytes]) -> dict[str, dict[str, An
         if not isinstance(value, dict):
             raise ConfigError(f"tokenizer {spec}: {name}: found {shown(value)}, expected an object")
         found[name] = value
+    added_tokens(spec, found)
+    for key in ("eos_token", "bos_token", "pad_token"):
+        _named(spec, found, key, {})
+        _ids(spec, found, f"{key}_id")
     return found
 
 

@@ -6,16 +6,14 @@ for what they are; others have to be named, llama3:PATH.
 
 import base64
 import hashlib
-import json
 import re
-import tempfile
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 
 from moe_engine.errors import ConfigError
-from moe_engine.prepare.tokenizer.identity import BYTES, Encode, difference, fingerprint
-from moe_engine.prepare.tokenizer.special import Settings, Special, special_of
-from moe_engine.prepare.tokenizer.tokenizer import CONFIG, JSON, LLAMA3, MODEL, Files, Tokenizer
+from moe_engine.prepare.tokenizer.convert import ANY_CLASS, tokenizer_json
+from moe_engine.prepare.tokenizer.identity import BYTES, fingerprint
+from moe_engine.prepare.tokenizer.special import Settings, special_of
+from moe_engine.prepare.tokenizer.tokenizer import JSON, LLAMA3, MODEL, Files, Tokenizer, kept_of
 
 RANKS = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 LLAMA3_RANKS = "c699dec8e1ed508854d8198027352ad3f30dbe71f9b19e69bdce9f0816a3a11d"
@@ -64,7 +62,10 @@ def tiktoken(spec: str, files: Files, settings: Settings) -> Tokenizer:
     name = fingerprint(pieces, encode, special.eos_id)
 
     def kept() -> dict[str, bytes]:
-        return _kept(files[MODEL], texts, special, encode)
+        content = tokenizer_json(files[MODEL], added, encode)
+        assert content is not None  # transformers splits ranks as Llama 3 does
+        whole = {name: content for name, content in files.items() if name != MODEL} | {JSON: content}
+        return kept_of(whole, settings, special, texts, tokenizer_class=ANY_CLASS)
 
     return Tokenizer("tiktoken", spec, size, special, name, encode, encoding.decode, kept)
 
@@ -104,20 +105,3 @@ def _parts(text: str) -> Iterable[str]:
                 yield chunk[begin : run.end()]
                 begin = run.end()
         yield chunk[begin:]
-
-
-def _kept(content: bytes, texts: Mapping[int, str], special: Special, encode: Encode) -> dict[str, bytes]:
-    """tokenizer.json, which transformers makes of the ranks and the special tokens."""
-    from transformers import AutoTokenizer
-
-    added = {str(i): {"content": text, "special": True, "normalized": False} for i, text in texts.items()}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special.eos_token}
-    config |= {"bos_token": text for i, text in texts.items() if i == special.bos_id}
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, MODEL).write_bytes(content)
-        Path(folder, CONFIG).write_text(json.dumps(config | {"added_tokens_decoder": added}))
-        made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
-    made.encode_special_tokens = True
-    found = difference(encode, lambda text: made.encode(text, add_special_tokens=False).ids)
-    assert found is None and all(made.token_to_id(text) == i for i, text in texts.items()), found
-    return {JSON: made.to_str().encode(), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
