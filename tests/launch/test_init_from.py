@@ -88,6 +88,7 @@ def test_a_checkpoint_starts_a_run_that_needs_it_no_more(
     refused(anew, 78, r"train\.init_from: found '.*start', expected a Hugging Face folder or a checkpoint")
 
 
+@pytest.mark.slow
 def test_case_04a_weights_with_other_tokens_are_refused_unless_insisted(
     hf: Path, tokens: Path, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
@@ -111,6 +112,7 @@ def test_case_04a_weights_with_other_tokens_are_refused_unless_insisted(
     refuse_first(tokens, tmp_path / "b", 78, rf"the weights of {imported} know the tokens of", "--init-from", imported)
 
 
+@pytest.mark.slow
 def test_case_11_a_run_from_nothing_exports_a_folder_that_generates(tokens: Path, tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "out"
     done = run(*SMALL, "--export-hf", out, "--out", tmp_path / "run", "--data", tokens, "--model", "tiny")

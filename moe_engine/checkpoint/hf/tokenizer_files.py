@@ -3,7 +3,7 @@
     OUT/data/tokenizer/  ->  OUT/hf/  ->  the exported folder        where the first weights came without a tokenizer
 
 A reader has to begin and end a text as the training text did: `add_bos_token` and `add_eos_token` in
-tokenizer_config.json, the ids in config.json. What says so already stays byte for byte.
+tokenizer_config.json, the template in tokenizer.json, the ids in config.json. What says so already stays byte for byte.
 """
 
 import json
@@ -13,7 +13,8 @@ from typing import Any
 
 from moe_engine.checkpoint.hf.folder import CONFIG
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+JSON = "tokenizer.json"
+VOCABULARIES = (JSON, "tokenizer.model", "vocab.json")
 GENERATION = "generation_config.json"
 SETTINGS = "tokenizer_config.json"
 NAMES = (
@@ -40,6 +41,9 @@ def as_trained(side: Mapping[str, bytes], tokenizer: Mapping[str, Any] | None, v
     files = dict(side)
     if any(name in side for name in VOCABULARIES):
         files[SETTINGS] = _with(side.get(SETTINGS, b"{}"), lambda old: old | ends)
+    if JSON in side:  # whose own template many readers follow
+        bos_id = tokenizer["bos_id"] if tokenizer["add_bos"] else None
+        files[JSON] = _with(side[JSON], lambda old: _beginning(old, bos_id))
     for name in (CONFIG, *(name for name in [GENERATION] if name in side)):
         files[name] = _with(side.get(name, b"{}"), lambda old: _ids(old, ids))
     return files
@@ -49,6 +53,25 @@ def _ids(config: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
     """A config.json that names the data's end of text, among others, is right; another gets the ids of the data."""
     eos = config.get("eos_token_id")
     return config if ids["eos_token_id"] in (eos if isinstance(eos, list) else [eos]) else config | ids
+
+
+def _beginning(tokenizer: dict[str, Any], bos_id: int | None) -> dict[str, Any]:
+    """A tokenizer.json whose template puts this token before a text, or none, and nothing behind it."""
+    post = tokenizer.get("post_processor")
+    parts = post["processors"] if post and post["type"] == "Sequence" else [post] if post else []
+    templates = [part for part in parts if part["type"] != "ByteLevel"]  # which changes no ids
+    added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or ()}
+    vocab = tokenizer["model"]["vocab"]
+    pieces = vocab.items() if isinstance(vocab, dict) else ((piece, i) for i, (piece, _) in enumerate(vocab))
+    bos = None if bos_id is None else added.get(bos_id) or next(piece for piece, i in pieces if i == bos_id)
+    a, b = ([{"Sequence": {"id": name, "type_id": i}}] for i, name in enumerate("AB"))
+    begin = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
+    if [part.get("single") for part in templates] == [begin + a] or not templates and not begin:
+        return tokenizer
+    token = {} if bos is None else {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
+    template = {"type": "TemplateProcessing", "single": begin + a, "pair": begin + a + b, "special_tokens": token}
+    kept = [part for part in parts if part["type"] == "ByteLevel"] + [template]
+    return tokenizer | {"post_processor": {"type": "Sequence", "processors": kept} if len(kept) > 1 else template}
 
 
 def _with(content: bytes, change: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:
