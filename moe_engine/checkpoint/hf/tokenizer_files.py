@@ -66,7 +66,7 @@ def _beginning(tokenizer: dict[str, Any], bos_id: int | None) -> dict[str, Any]:
     bos = None if bos_id is None else added.get(bos_id) or next(piece for piece, i in pieces if i == bos_id)
     a, b = ([{"Sequence": {"id": name, "type_id": i}}] for i, name in enumerate("AB"))
     begin = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
-    if [part.get("single") for part in templates] == [begin + a] or not templates and not begin:
+    if [part.get("single") for part in templates] == [begin + a] or (not templates and not begin):
         return tokenizer
     token = {} if bos is None else {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
     template = {"type": "TemplateProcessing", "single": begin + a, "pair": begin + a + b, "special_tokens": token}

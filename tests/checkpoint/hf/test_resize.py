@@ -33,10 +33,9 @@ def test_case_19_rows_are_added_for_tokens_past_the_vocabulary(
     assert convert(["export", "--checkpoint", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out")]) == 0
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert loaded.config.vocab_size == 1096 and not info["missing_keys"] and not info["mismatched_keys"]
-    tokens = torch.arange(96)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(loaded.float()(tokens).logits[..., :96], model.float()(tokens).logits)
-    assert tensors_of(tmp_path / "out").keys() == tensors_of(tmp_path / "hf").keys()
+    there, here = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "hf")
+    assert there.keys() == here.keys()
+    assert all(torch.equal(there[name][: len(tensor)], tensor) for name, tensor in here.items())
 
 
 def test_case_19_rows_are_not_cut_and_any_part_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
