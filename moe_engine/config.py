@@ -278,6 +278,7 @@ class Data(Section):
 
     domains: tuple[Domain, ...] = ()
     tokenizer: str | None = None  # None: the one the data was prepared with (bytes for the default corpus)
+    allow_other_tokenizer: bool = False  # text whose tokenizer is not that of the weights is trained on all the same
     document_mask: bool = True  # attention and positions restart at each document of a packed window
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01  # held out for evaluation
 

@@ -30,6 +30,7 @@ DEFAULT_MODEL = "tiny"
 # flag -> (the key it sets, placeholder, help)
 FLAGS: dict[str, tuple[str, str, str]] = {
     "--tokenizer": ("data.tokenizer", "PATH", "bytes, or a tokenizer file or folder (default: the data's own)"),
+    "--allow-other-tokenizer": ("data.allow_other_tokenizer", "", "train on tokens that the weights do not know"),
     "--out": ("train.out", "DIR", "where logs, metrics and checkpoints go"),
     "--steps": ("train.steps", "N", "optimizer steps"),
     "--seed": ("train.seed", "N", "seeds weights, data order and noise"),

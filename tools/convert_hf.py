@@ -49,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     read = commands.add_parser("import", help="folder -> checkpoint")
     read.add_argument("--hf", type=Path, required=True, metavar="DIR", help="config.json and safetensors files")
     read.add_argument("--out", type=Path, required=True, metavar="CKPT", help="the checkpoint to write")
+    read.add_argument(
+        "--resize-vocab", type=int, metavar="N", help="rows for N tokens; those added are drawn at random"
+    )
     read.set_defaults(run=import_)
     write = commands.add_parser("export", help="checkpoint -> folder")
     write.add_argument("--checkpoint", type=Path, required=True, metavar="CKPT", help="imported, or step-N of a run")
@@ -73,13 +76,18 @@ def import_(options: argparse.Namespace) -> int:
     """Folder -> checkpoint."""
     from moe_engine.checkpoint.hf.folder import HfFolder
     from moe_engine.checkpoint.hf.read import read_hf
+    from moe_engine.checkpoint.hf.resize import Resized
 
     folder = HfFolder(options.hf)
     warn(folder.notes)
+    resized = None if options.resize_vocab is None else Resized(folder, options.resize_vocab)
     total = sum(entry.nbytes for entry in folder.entries.values())
     with bar(total, "import") as beat:
-        written = read_hf(folder, options.out, beat, options.allow_nonfinite)
+        written = read_hf(folder, options.out, beat, resized, options.allow_nonfinite)
     print(f"weights of {folder}")
+    if resized:
+        std = resized.model.initializer_range
+        print(f"vocabulary {folder.model.vocab_size} -> {options.resize_vocab}: {resized.added} rows drawn, std {std}")
     print(f"{folder.family}, {folder.layout}: {summary(written)}")
     print(*nonfinite_lines(written.nonfinite()), f"hash of all tensors {written.digest()}", sep="\n")
     print(f"wrote {options.out}; start from it with --init-from {options.out}")

@@ -111,7 +111,12 @@ def main(argv: list[str]) -> int:
         print(f"{name}: {'; '.join(counts)}; {rows}")
         for note in notes_on(domain):
             print(f"{name}: {printable(note)}")
-    kind = manifest["tokenizer"]["kind"]
+    tokenizer = manifest["tokenizer"]
+    for note in tokenizer["notes"]:
+        print(f"warning: {printable(note)}", file=sys.stderr)
+    begins = f", begin of text: id {manifest['bos_id']}" if tokenizer["add_bos"] else ""
+    print(f"end of text: {printable(tokenizer['eos_token'])} = {manifest['eos_id']}{begins}")
+    kind = tokenizer["kind"]
     print(f"{printable(args.out)}: {manifest['tokens']:,} tokens, vocabulary {manifest['vocab_size']:,} ({kind})")
     return 0
 

@@ -13,6 +13,7 @@ from moe_engine.errors import ConfigError
 
 HARMLESS = {
     *("out", "resume", "save_every", "eval_every", "eval_batches", "log_every", "tokenizer", "init_from"),
+    "allow_other_tokenizer",
     *("async_save", "keep_last", "keep_every", "on_save_error", "step_timeout", "recompute", "export_hf"),
     "hf_version",
 }

@@ -45,19 +45,17 @@ class OpenDomain(NamedTuple):
 def open_domains(
     domains: Sequence[tuple[str, str, float]],
     split: str = "train",
-    tokenizer_fingerprint: str | None = None,
     vocab_size: int | None = None,
 ) -> list[OpenDomain]:
     """Opens (name, path, weight) triples, `path` a folder made by prepare_data.
 
     A folder with several domains gives the one called `name`, or all of them, sharing `weight` by their tokens, if none
-    is. DataError if a folder was tokenised otherwise than `tokenizer_fingerprint`, or holds ids >= `vocab_size`.
+    is. DataError if a folder holds ids >= `vocab_size`.
     """
     opened = []
     for name, path, weight in domains:
         folder = Path(path)
         manifest = read_manifest(folder)
-        _check_tokenizer(folder, manifest, tokenizer_fingerprint, vocab_size)
         inside = list(manifest["domains"])
         if name in inside or len(inside) == 1:
             inside = [name if name in inside else inside[0]]
@@ -70,20 +68,6 @@ def open_domains(
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"data domains: the name {', '.join(repeated)} is used twice; give each domain its own name")
     return opened
-
-
-def _check_tokenizer(folder: Path, manifest: dict[str, Any], fingerprint: str | None, vocab_size: int | None) -> None:
-    made_with = manifest["tokenizer"]
-    if fingerprint and fingerprint != made_with["fingerprint"]:
-        raise DataError(
-            f"{folder}: was tokenised with {made_with['spec']} (fingerprint {made_with['fingerprint'][:12]}), "
-            f"the run's tokenizer has fingerprint {fingerprint[:12]}; give the same tokenizer or prepare the data again"
-        )
-    if vocab_size and manifest["vocab_size"] > vocab_size:
-        raise DataError(
-            f"{folder}: tokenizer {made_with['spec']} has {manifest['vocab_size']} ids, the model's vocab_size is "
-            f"{vocab_size}; set model.vocab_size >= {manifest['vocab_size']} or prepare with the model's tokenizer"
-        )
 
 
 class Loader:

@@ -4,6 +4,7 @@
     OUT/<domain>-train-00000.bin   token ids, uint16 (vocabulary <= 65,536) or uint32, documents end to end
     OUT/<domain>-train-00000.idx   int64: documents + 1 offsets into the .bin, in tokens (both little-endian)
     OUT/bad_rows.jsonl             what was left out and why, if anything was
+    OUT/tokenizer/                 the tokenizer as a Hugging Face folder has it: it goes along with a run's weights
 
 Every document ends with `eos_id` and lies in one shard. A folder is written as OUT.partial and renamed when it is whole
 and flushed, so that a folder with this name is a whole one. Reading copies nothing: windows are views of np.memmap.
@@ -27,6 +28,7 @@ from moe_engine.host.files import size_in
 FORMAT = "moe_engine.tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"  # the sub-folder of its files
 SHARD_TOKENS = 1 << 28
 SPLITS = ("train", "eval")
 
@@ -135,7 +137,7 @@ def publish(out: Path) -> Iterator[Path]:
             raise ConfigError(f"{out}: another preparation is writing to it; wait or choose another folder") from None
         try:
             for left_over in partial.iterdir():
-                left_over.unlink()
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
             yield partial
             os.fsync(lock)
             if out.exists():
@@ -187,11 +189,14 @@ class TokenDataset:
         entry = manifest["domains"][domain]["splits"][split]
         self.folder, self.domain, self.split = folder, domain, split
         self.eos_id: int = manifest["eos_id"]
+        self.tokenizer: dict[str, Any] = manifest["tokenizer"]
         self.vocab_size = vocab_size or manifest["vocab_size"]
         if entry["max_id"] >= self.vocab_size:
             raise DataError(
                 f"{folder}: token id {entry['max_id']} of domain {domain!r} is outside the model's vocabulary of "
-                f"{self.vocab_size}; set model.vocab_size >= {manifest['vocab_size']} or use the model's tokenizer"
+                f"{self.vocab_size}; prepare it with the model's tokenizer, or set model.vocab_size >= "
+                f"{manifest['vocab_size']} for new weights; a Hugging Face folder gets more rows by "
+                f"tools/convert_hf.py import --resize-vocab {manifest['vocab_size']}"
             )
         dtype = token_dtype(manifest["vocab_size"])
         if manifest["dtype"] != dtype.str:  # mapped as anything else, an object say, bytes of the file would act

@@ -12,11 +12,11 @@ from moe_engine.config import Run
 from moe_engine.config_cli import Loaded
 from moe_engine.data.corpus import loader_of, open_corpus
 from moe_engine.data.loader import check_order
-from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import DataError
 from moe_engine.model.flops import step_flops_per_token
 from moe_engine.plan.start import start_lines, start_of
 from moe_engine.prepare import default
+from moe_engine.prepare.tokenizer.load import load_tokenizer
 from moe_engine.sizes import heads_per_attention_expert, parameter_counts, rank_parameters
 
 
@@ -60,7 +60,7 @@ def corpus_lines(run: Run, state: dict[str, Any] | None) -> list[str]:
     """
     if not run.data.domains:
         tokenizer = load_tokenizer(run.data.tokenizer)
-        if run.model.vocab_size < tokenizer.vocab_size:
+        if run.model.vocab_size <= tokenizer.eos_id:
             raise DataError(
                 f"model.vocab_size {run.model.vocab_size} is too small for the default corpus, which has "
                 f"{tokenizer.vocab_size} ids ({tokenizer.spec}); set model.vocab_size >= {tokenizer.vocab_size} or "

@@ -15,8 +15,7 @@ from moe_engine.config import Run
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import obstacle
 from moe_engine.plan.out_folder import check_out_folder
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+from moe_engine.plan.tokenizers import check_tokenizers
 
 
 class Start(NamedTuple):
@@ -34,6 +33,7 @@ def start_of(run: Run) -> Start:
     checkpoint = checkpoint_of(run)
     check_out_folder(run, checkpoint is not None and checkpoint[0].resolve().parent == checkpoints_of(run).resolve())
     warnings = [] if checkpoint else weight_warnings(run)  # weights of another model are refused before one is built
+    check_tokenizers(run, checkpoint)
     if run.train.export_hf:
         from moe_engine.checkpoint.hf.export import check_exportable
 
@@ -115,6 +115,4 @@ def weight_warnings(run: Run) -> list[str]:
         lines.append(f"{folder} holds NaN or infinite numbers: {'; '.join(f'{k}: {v}' for k, v in found.items())}")
     if isinstance(source, HfFolder) and source.unread:
         lines.append(f"there is more than one set of weights in {source}")
-    if not run.data.domains and not run.data.tokenizer and any((folder / name).exists() for name in TOKENIZERS):
-        lines.append(f"no --data is given: the run reads Python's sources as bytes, which are other tokens in {folder}")
     return lines

@@ -30,20 +30,21 @@ from moe_engine.data.shards import (
     MANIFEST,
     SHARD_TOKENS,
     SPLITS,
+    TOKENIZER,
     ShardWriter,
     publish,
     read_manifest,
     token_dtype,
     write_manifest,
 )
-from moe_engine.data.tokenizer import Tokenizer, load_tokenizer
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.prepare.files import Listing, list_files
 from moe_engine.prepare.formats import BadRow, Piece, documents, read_pieces
 from moe_engine.prepare.progress import Progress
+from moe_engine.prepare.sources import key_of, source_of
+from moe_engine.prepare.tokenizer.load import Tokenizer, load_tokenizer
 
 GROUP = 1 << 20  # bytes of input that one worker call takes
-SAMPLE = 1 << 16  # bytes of a file's head, middle and tail that tell whether it is still the same
 BAD_ROWS = "bad_rows.jsonl"
 COUNTS = ("rows_read", "documents_kept", "empty_documents", "bad_rows")  # the first is the sum of the others
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
@@ -104,8 +105,9 @@ def prepare(
         raise ConfigError(f"tokenizer {model.spec}: has no begin-of-text token; leave out --add-bos")
     listings = {name: list_files(paths) for name, paths in domains.items()}
     files = {name: listing.files for name, listing in listings.items()}
-    sources = {name: [_source(file) for file in found] for name, found in files.items()}
-    key = _key(sources, model, options)
+    sources = {name: [source_of(file) for file in found] for name, found in files.items()}
+    tokens = [model.fingerprint, model.bos_id if options.add_bos else None]
+    key = key_of(sources, tokens, asdict(options))
     if (manifest := _existing(out, key, overwrite)) is not None:
         return _with_notes(manifest, listings)
     total = sum(source["bytes"] for found in sources.values() for source in found)
@@ -114,6 +116,7 @@ def prepare(
         for domain, encoded in _encode_all(files, model, options, _worker_count(workers, total, model)):
             writer.add(domain, encoded)
         manifest = _with_notes(writer.finish(sources, key), listings)
+        manifest["tokenizer"] |= {"files": _keep_tokenizer(folder / TOKENIZER, model), "notes": list(model.notes)}
         write_manifest(folder, manifest)
     return read_manifest(out)
 
@@ -130,45 +133,17 @@ def _check_options(options: Options, workers: int | None) -> None:
         raise ConfigError("; ".join(problems))
 
 
-def _source(file: Path) -> dict[str, Any]:
-    status = file.stat()
-    return {
-        "path": str(file),
-        "bytes": status.st_size,
-        "modified_ns": status.st_mtime_ns,
-        "sample": _sample(file, status.st_size),
-    }
-
-
-def _sample(file: Path, size: int) -> str:
-    """A digest of the file's head, middle and tail; "" for a file that cannot be read, which is a bad row later."""
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        with open(file, "rb") as stream:
-            for start in (0, (size - SAMPLE) // 2, size - SAMPLE):
-                stream.seek(max(0, start))
-                digest.update(stream.read(SAMPLE))
-    except OSError:
-        return ""
-    return digest.hexdigest()
-
-
-def _key(sources: dict[str, list[dict[str, Any]]], model: Tokenizer, options: Options) -> str:
-    """Changes when the output would: with a file's path, size, time or sample, the tokenizer or the options.
-
-    The path counts because the rest cannot tell every two files apart: copies of one size and time, say, that differ
-    between the samples. So a moved input is another input. That is found before anything is replaced and costs at most
-    a second preparation; text taken for another's would be trained on without a word. It is the real path, so that
-    links and the working folder do not matter, and beside it the name, whose ending tells the format.
-    """
-    known = {
-        name: [
-            [os.path.realpath(source["path"]), Path(source["path"]).name, *list(source.values())[1:]]
-            for source in found
-        ]
-        for name, found in sources.items()
-    }
-    return hashlib.sha256(json.dumps([known, model.fingerprint, asdict(options)]).encode()).hexdigest()
+def _keep_tokenizer(folder: Path, model: Tokenizer) -> dict[str, str]:
+    """Writes the tokenizer's files into the prepared folder; the SHA-256 of each."""
+    folder.mkdir()
+    digests = {}
+    for name, content in model.kept().items():
+        with open(folder / name, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        digests[name] = hashlib.sha256(content).hexdigest()
+    return digests
 
 
 def _with_notes(manifest: dict[str, Any], listings: Mapping[str, Listing]) -> dict[str, Any]:
@@ -379,7 +354,7 @@ class _Writer:
             "vocab_size": model.vocab_size,
             "eos_id": model.eos_id,
             "bos_id": model.bos_id if self.options.add_bos else None,
-            "tokenizer": {"spec": model.spec, "kind": model.kind, "fingerprint": model.fingerprint},
+            "tokenizer": model.described() | {"add_bos": self.options.add_bos},
             "options": asdict(self.options),
             **totals,
             **{name: sum(counts[name] for counts in self.counts.values()) for name in COUNTS},

@@ -27,6 +27,7 @@ from moe_engine.checkpoint.saver import Saver
 from moe_engine.config import Run
 from moe_engine.data.corpus import loader_of
 from moe_engine.data.loader import Batch, Loader, OpenDomain, eval_batches
+from moe_engine.data.shards import TOKENIZER
 from moe_engine.errors import ConfigError, DataError, EngineError, Preempted, StorageError
 from moe_engine.host.memory import keep_freed_memory
 from moe_engine.host.signals import Requests
@@ -206,7 +207,7 @@ def resume(trainer: Trainer) -> tuple[int, int]:
         if trainer.run.train.init_from:
             start_from(trainer, Path(trainer.run.train.init_from))
         else:
-            together(lambda: keep_for_run(None, Path(trainer.run.train.out)), world, everywhere=False)
+            together(lambda: keep_side_files(trainer, None), world, everywhere=False)
         return 0, 0
     manifest = read_manifest(folder)
     if "hf" in manifest:
@@ -215,7 +216,7 @@ def resume(trainer: Trainer) -> tuple[int, int]:
     trainer.loader.load_state(manifest["data"])
     load_state(trainer.engine, trainer.mesh, folder, beat)
     if folder.parent.resolve() != root.resolve():  # of another run, whose files go along
-        together(lambda: keep_for_run(Reader(folder), Path(trainer.run.train.out)), world, everywhere=False)
+        together(lambda: keep_side_files(trainer, Reader(folder)), world, everywhere=False)
     log.info(f"resumed from {folder}: {manifest['step']} steps done")
     later = [step for step in there if step > manifest["step"]]  # damaged, or of a past that the run leaves now
     together(lambda: leave(trainer, later), world, everywhere=False)
@@ -236,8 +237,14 @@ def start_from(trainer: Trainer, path: Path) -> None:
     together(lambda: found.extend(load_weights(trainer.engine, opened[0], beat)), world)
     check_finite(opened[0], found, world)
     trainer.engine.weights_from_masters()
-    together(lambda: keep_for_run(opened[0], Path(trainer.run.train.out)), world, everywhere=False)
+    together(lambda: keep_side_files(trainer, opened[0]), world, everywhere=False)
     trainer.log.info(f"started with the weights of {opened[0]}")
+
+
+def keep_side_files(trainer: Trainer, source: HfFolder | Reader | None) -> None:
+    """What an export of this run will need beside weights: of the folder that they came from, and of the data."""
+    run, data = trainer.run, trainer.loader.orders[0].dataset
+    keep_for_run(source, Path(run.train.out), data.folder / TOKENIZER, run.data.allow_other_tokenizer)
 
 
 def leave(trainer: Trainer, steps: list[int]) -> None:
@@ -258,7 +265,9 @@ def save(trainer: Trainer, step: int, tokens_seen: int, wish: Wishes, last: bool
         every = trainer.run.train.save_every
         if last or wish.stop or wish.save or (every and step % every == 0):
             run = trainer.run.model_dump(mode="json")
-            manifest = {"tokens": tokens_seen, "data": trainer.loader.state(), "run": run}
+            tokenizer = trainer.loader.orders[0].dataset.tokenizer
+            tokenizer = {key: value for key, value in tokenizer.items() if key not in ("files", "notes")}
+            manifest = {"tokens": tokens_seen, "data": trainer.loader.state(), "run": run, "tokenizer": tokenizer}
             completed.append(save_state(trainer.engine, trainer.mesh, trainer.saver, step, manifest))
         completed.append(trainer.saver.finish() if last or wish.stop else trainer.saver.poll())
     except StorageError as error:

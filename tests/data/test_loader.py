@@ -181,7 +181,7 @@ def test_too_little_text_is_a_data_error(make_dataset, unique_documents) -> None
 
 def test_token_outside_the_vocabulary_is_a_data_error(make_dataset, unique_documents) -> None:  # type: ignore[no-untyped-def]
     folder = make_dataset("d", {"a": unique_documents(600)})
-    with pytest.raises(DataError, match=r"50000 ids, the model's vocab_size is 49999; set model.vocab_size >= 50000"):
+    with pytest.raises(DataError, match=r"token id 49999 .* vocabulary of 49999; .* set model.vocab_size >= 50000"):
         open_domains([("a", str(folder), 1.0)], vocab_size=49_999)
     path = next(folder.glob("a-train-*.bin"))
     content = np.fromfile(path, "<u2")
@@ -191,7 +191,7 @@ def test_token_outside_the_vocabulary_is_a_data_error(make_dataset, unique_docum
         load(open_train(folder, "a"), batch=(1, 4, 8)).next_step()
 
 
-def test_open_domains_checks_names_and_tokenizer(make_dataset, unique_documents) -> None:  # type: ignore[no-untyped-def]
+def test_open_domains_checks_names(make_dataset, unique_documents) -> None:  # type: ignore[no-untyped-def]
     texts = unique_documents(600)
     many = make_dataset("many", {"a": texts, "b": texts[: len(texts) // 2]})
     one = make_dataset("one", {"data": texts})
@@ -202,9 +202,7 @@ def test_open_domains_checks_names_and_tokenizer(make_dataset, unique_documents)
     assert len(open_domains([("b", str(many), 1.0)])) == 1
     with pytest.raises(ConfigError, match="the name a is used twice"):
         open_domains([("a", str(many), 1.0), ("a", str(one), 1.0)])
-    with pytest.raises(DataError, match=r"tokenised with made up \(fingerprint f{12}\).* 0{12};"):
-        open_domains([("a", str(many), 1.0)], tokenizer_fingerprint="0" * 64)
-    assert open_domains([("a", str(many), 1.0)], tokenizer_fingerprint="f" * 64, vocab_size=50_000)
+    assert open_domains([("a", str(many), 1.0)], vocab_size=50_000)
 
 
 def test_mixed_shares_over_many_draws(make_dataset, unique_documents) -> None:  # type: ignore[no-untyped-def]

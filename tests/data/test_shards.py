@@ -86,7 +86,10 @@ def test_damaged_folder_is_refused(make_dataset, tmp_path: Path) -> None:  # typ
     folder = make_dataset("d", {"web": [[1, 2, 3], [4, 5]]})
     with pytest.raises(DataError, match=r"no domain 'books'; it holds web"):
         TokenDataset(folder, "books", "train")
-    with pytest.raises(DataError, match=r"token id 49999 .* vocabulary of 40000; set model.vocab_size >= 50000"):
+    with pytest.raises(
+        DataError,
+        match=r"token id 49999 .* vocabulary of 40000; .* model.vocab_size >= 50000 .* --resize-vocab 50000",
+    ):
         TokenDataset(folder, "web", "train", vocab_size=40_000)
 
     def broken(change) -> Path:  # type: ignore[no-untyped-def]

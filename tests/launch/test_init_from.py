@@ -8,18 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoint.hf.small import SIDE, same_tensors, save, tensors_of, theirs, transformers
+from moe_engine.prepare.tokenizer import byte_files
+from tests.checkpoint.hf.small import same_tensors, save, tensors_of, theirs, transformers
 from tests.launch.test_pretrain_moe import SMALL, refused, run, tokens  # noqa: F401 (a fixture)
 from tools.convert_hf import main as convert
 
+ENDS = {"bos_token_id": None, "eos_token_id": 256}
+SIDE = {**byte_files.files(), "chat_template.jinja": b"{{ messages }}\n\n", "LICENSE": b"mine\r\n"}
 STILL = ("--lr", "1e-30")  # no weight moves
+
+
+def of_bytes(folder: Path) -> Path:
+    """A folder with the tokenizer of the `tokens` beside its weights."""
+    for name, content in SIDE.items():
+        (folder / name).write_bytes(content)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Mixtral in bf16, experts one by one in several files."""
-    model = theirs("mixtral", vocab_size=264).to(torch.bfloat16)
-    return save(model, tmp_path_factory.mktemp("hf") / "hf")
+    """A Mixtral in bf16 that knows bytes, experts one by one in several files."""
+    model = theirs("mixtral", vocab_size=264, **ENDS).to(torch.bfloat16)
+    return of_bytes(save(model, tmp_path_factory.mktemp("hf") / "hf", side=False))
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +59,8 @@ def test_two_ranks_from_a_folder_to_a_folder(hf: Path, tokens: Path, tmp_path: P
 def test_weights_that_do_not_move_come_out_as_they_went_in(
     family: str, tokens: Path, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
-    hf = save(
-        theirs(family, vocab_size=264, **({"norm_topk_prob": True} if family != "llama" else {})), tmp_path / "hf"
-    )
+    changes = ENDS | ({"norm_topk_prob": True} if family != "llama" else {})
+    hf = of_bytes(save(theirs(family, vocab_size=264, **changes), tmp_path / "hf", side=False))
     out = tmp_path / "out"
     common = ("--init-from", hf, "--out", tmp_path / "run", "--data", tokens)
     done = run(*SMALL, *STILL, *common, "--export-hf", out, "--hf-version", "4")
@@ -84,11 +93,49 @@ def test_a_checkpoint_starts_a_run_that_needs_it_no_more(
     refused(anew, 78, r"train\.init_from: found '.*start', expected a Hugging Face folder or a checkpoint")
 
 
-def test_weights_that_know_tokens_get_bytes(tmp_path: Path) -> None:
-    save(theirs("llama", vocab_size=320), tmp_path / "hf", shard="1GB", side=False)
-    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
-    done = run("--steps", "1", "--seq-length", "16", "--init-from", tmp_path / "hf", "--out", tmp_path / "run")
-    assert done.code == 0 and done.err.count("warning: no --data is given: the run reads Python's sources") == 1
+@pytest.mark.slow
+def test_case_04a_weights_with_other_tokens_are_refused_unless_insisted(
+    hf: Path, tokens: Path, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    other = Path(shutil.copytree(hf, tmp_path / "other"))
+    ends = {"eos_token": "<end>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (other / "tokenizer.json").write_bytes((hf / "tokenizer.json").read_bytes().replace(b"<|endoftext|>", b"<end>"))
+    vocabulary = json.loads((other / "tokenizer.json").read_text())
+    pieces = list(vocabulary["model"]["vocab"])
+    vocabulary["model"]["vocab"] = {piece: i for i, piece in enumerate(reversed(pieces))}
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    (other / "tokenizer_config.json").write_text(json.dumps(ends))
+    words = rf"--data {tokens} is text as bytes \(.*the weights of {other} know the tokens of {other} \(.*--allow-other"
+    refuse_first(tokens, tmp_path / "a", 78, words, "--init-from", other)
+    more = ("--export-hf", tmp_path / "out", "--out", tmp_path / "run", "--data", tokens)
+    done = run(*SMALL, "--init-from", other, "--allow-other-tokenizer", *more)
+    assert done.code == 0, done.err
+    # what was trained on goes along, and not what was insisted over
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == byte_files.files()["tokenizer.json"]
+    imported = tmp_path / "imported"
+    assert convert(["import", "--hf", str(other), "--out", str(imported)]) == 0
+    refuse_first(tokens, tmp_path / "b", 78, rf"the weights of {imported} know the tokens of", "--init-from", imported)
+
+
+@pytest.mark.slow
+def test_case_11_a_run_from_nothing_exports_a_folder_that_generates(tokens: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    done = run(*SMALL, "--export-hf", out, "--out", tmp_path / "run", "--data", tokens, "--model", "tiny")
+    assert done.code == 0, done.err
+    config = json.loads((out / "config.json").read_text())
+    assert config["eos_token_id"] == 256 and config.get("bos_token_id") is None
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    assert settings["add_bos_token"] is False and settings["add_eos_token"] is False
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    given = tokenizer("what is written", return_tensors="pt")
+    assert given["input_ids"][0].tolist() == list(b"what is written")
+    made = model.generate(**given, max_new_tokens=4, do_sample=False, pad_token_id=256)
+    assert made.shape[1] == len(b"what is written") + 4
+    step = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert convert(["export", "--checkpoint", str(step), "--out", str(tmp_path / "again")]) == 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
 @pytest.fixture

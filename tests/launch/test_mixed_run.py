@@ -80,6 +80,6 @@ def test_curve_equals_one_rank_over_fifty_steps(tmp_path: Path):
 
 
 def sentencepiece_ids(model: Path) -> int:
-    from moe_engine.data.tokenizer import load_tokenizer
+    from moe_engine.prepare.tokenizer.load import load_tokenizer
 
     return load_tokenizer(str(model)).vocab_size

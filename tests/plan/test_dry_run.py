@@ -57,11 +57,12 @@ def test_where_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
 def test_weights_that_know_tokens_get_bytes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     save(theirs("llama", vocab_size=320), tmp_path / "hf", shard="1GB", side=False)
     sizes = ("--init-from", "hf", "--seq-length", "16")
-    assert "no --data" not in dry(capsys, *sizes)[1]  # no tokenizer lies there: they may know bytes
+    assert dry(capsys, *sizes)[0] == 0  # no tokenizer lies there: they may know bytes
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
-    assert "warning: no --data is given" in dry(capsys, *sizes)[1]
-    code, said = dry(capsys, *sizes, "--tokenizer", "bytes")
-    assert code == 0 and "start       with the weights of hf" in said and "no --data" not in said
+    code, said = dry(capsys, *sizes)
+    assert code == 78 and "beside the weights of hf cannot be used: tokenizer hf: not a Hugging Face tokenizer" in said
+    code, said = dry(capsys, *sizes, "--allow-other-tokenizer")
+    assert code == 0 and "start       with the weights of hf" in said
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ import pytest
 
 from moe_engine.data.loader import Loader, open_domains
 from moe_engine.data.shards import MANIFEST, TokenDataset
-from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.prepare.pipeline import Options, prepare, stdlib_sources
+from moe_engine.prepare.tokenizer.load import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -55,7 +55,7 @@ def documents(folder: Path, domain: str, split: str = "train") -> list[list[int]
 
 
 def shards(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def encoded(text: str) -> list[int]:
@@ -91,9 +91,10 @@ def test_two_workers_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["tiny_sentencepiece/m.model", "tiny_tiktoken", "tiny_hf", "llama3"])
+@pytest.mark.parametrize("name", ["tiny_sentencepiece/m.model", "llama3:tiny_tiktoken", "tiny_hf", "llama3"])
 def test_tokenizers_in_workers(tmp_path: Path, name: str) -> None:
-    spec = str(SHARED / "tokenizers" / name)
+    family, colon, path = name.rpartition(":")
+    spec = f"{family}{colon}{SHARED / 'tokenizers' / path}"
     domains: dict[str, Any] = {"recipes": [SHARED / "text" / "howto_recipes"]}
     make(domains, tmp_path / "one", spec, 1)
     manifest = make(domains, tmp_path / "two", spec, 2)
@@ -162,7 +163,7 @@ def test_begin_of_text_is_placed_on_request(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no begin-of-text token"):
         make({"d": [tmp_path / "a.txt"]}, tmp_path / "out", add_bos=True)
     if SHARED.is_dir():
-        spec = str(SHARED / "tokenizers" / "tiny_tiktoken")
+        spec = f"llama3:{SHARED / 'tokenizers' / 'tiny_tiktoken'}"
         manifest = make({"d": [tmp_path / "a.txt"]}, tmp_path / "out", spec, add_bos=True, eval_fraction=0.0)
         (document,) = documents(tmp_path / "out", "d")
         assert document[0] == manifest["bos_id"] == 2000 and document[-1] == manifest["eos_id"] == 2001

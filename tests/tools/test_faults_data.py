@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from moe_engine import config_files
 from moe_engine.checkpoint import manifest, reader
-from moe_engine.data import loader
 from moe_engine.data.mixture import Mixture
+from moe_engine.plan import tokenizers
 from moe_engine.prepare import formats, pipeline
 from moe_engine.prepare.formats import BadRow
 from moe_engine.train import step
@@ -63,7 +63,7 @@ SABOTAGE: list[tuple[str, int, Any, str, Any]] = [
     ("F1", 20, formats, "_json_line", lambda path, number, *_: BadRow(path, str(number + 1), "a line too far")),
     ("F2", 14, pipeline, "documents", good_rows_alone),
     ("F3", 1, step, "why_skipped", lambda *_: "not finite"),
-    ("F4", 15, loader, "_check_tokenizer", lambda *_: None),
+    ("F4", 15, tokenizers, "of_data", lambda run: iter(())),
     ("F5", 1, Mixture, "load_state", lambda *_: None),
     ("G1", 11, hostile, "read_rows", unpickled),
     ("G2", 4, manifest, "file_in", lambda folder, name: folder / name),

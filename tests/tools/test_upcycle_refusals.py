@@ -81,7 +81,7 @@ def test_more_bad_input(home: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     line = refused(run(home, "copy", out, "--hf", tmp_path / "moe"), capsys)
     assert line == f"78 error: --hf {tmp_path / 'moe'} has 4 experts already: give a dense model"
     line = refused(run(home, "copy", out, "--hf", tmp_path / "narrow"), capsys)
-    assert line.startswith("78 error: --tokenizer bytes has 257 ids, more than the model's 96: give ")
+    assert line.startswith("78 error: --tokenizer bytes: the text holds token ")
     line = refused(run(home, "mix", out, "--models", tmp_path / "narrow"), capsys)
     assert line.startswith(f"78 error: --models {tmp_path / 'narrow'} is another model than ")
     for text, problem in (

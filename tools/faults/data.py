@@ -5,6 +5,7 @@ F4   nothing to train   one clear line at once: no tokenizer, no text, too littl
 F5   stop and resume    any layout and batch: one order of samples, each of them once an epoch
 """
 
+import base64
 import itertools
 import json
 import math
@@ -18,11 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_engine.config_cli import load_run
 from moe_engine.data.loader import Batch, Loader, OpenDomain, open_domains
-from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
+from moe_engine.plan.tokenizers import check_tokenizers
+from moe_engine.prepare.tokenizer.load import load_tokenizer
 from tools.faults.arena import Arena, Fault, Injections
 from tools.faults.rows import bad_rows, in_folder, long_lines, make, odd_files, refusal, tried
 
@@ -155,7 +158,14 @@ def data_cases(corpus: Path) -> Iterator[Case]:
     yield "less text than a global batch", lambda _: loader(micro_batch=10**4), "and a step of 10000 sequences takes"
     yield "a model of too few ids", lambda _: opened(vocab_size=256), "set model.vocab_size >= 257"
     yield "ids that no tokenizer has", damaged, "is outside the vocabulary of 257"
-    yield "another tokenizer", lambda _: opened(tokenizer_fingerprint="f" * 64), "was tokenised with bytes"
+
+    def other_tokens(folder: Path) -> object:
+        ranks = (f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256))
+        (folder / "t.model").write_text("\n".join(ranks))
+        tokenizer = ("--tokenizer", f"llama3:{folder / 't.model'}")
+        return check_tokenizers(load_run(["--data", f"prose={corpus}", *tokenizer], None), None)
+
+    yield "another tokenizer", other_tokens, "was prepared with bytes"
 
 
 def stops(arena: Arena, count: int) -> Injections:

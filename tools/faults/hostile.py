@@ -23,9 +23,9 @@ from moe_engine.checkpoint.reader import Reader, choose, verify
 from moe_engine.config_cli import load
 from moe_engine.data.loader import open_domains
 from moe_engine.data.shards import MANIFEST
-from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import ConfigError
 from moe_engine.log import Logger, read_rows
+from moe_engine.prepare.tokenizer.load import load_tokenizer
 from tools.faults.arena import Arena, Fault, Injections
 from tools.faults.headers import headers
 from tools.faults.paths import paths

@@ -12,8 +12,8 @@ from moe_engine.checkpoint.manifest import NAME
 from moe_engine.checkpoint.reader import Reader, choose, verify
 from moe_engine.config_cli import load
 from moe_engine.data.shards import MANIFEST
-from moe_engine.data.tokenizer import load_tokenizer
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.prepare.tokenizer.load import load_tokenizer
 from tools.faults.arena import Arena, Injections
 from tools.faults.rows import in_folder, make, refusal
 from tools.faults.targets import (

@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from moe_engine.data.tokenizer import END_OF_DOCUMENT
 from moe_engine.errors import DataError, EngineError
 from moe_engine.log import printable
 from moe_engine.prepare.pipeline import BAD_ROWS, Options, prepare
+from moe_engine.prepare.tokenizer.byte_files import END
 from tools.faults.arena import Arena, Injections
 
 DEFECTS: dict[str, bytes] = {
@@ -248,7 +248,7 @@ def all_counted(folder: Path, sample: Sample) -> str | None:
 def texts_of(folder: Path) -> list[str]:
     """The training text of a folder prepared as bytes, document by document."""
     tokens = np.concatenate([np.fromfile(file, "<u2") for file in sorted(folder.glob("d-train-*.bin"))])
-    parts = np.split(tokens, np.flatnonzero(tokens == END_OF_DOCUMENT) + 1)
+    parts = np.split(tokens, np.flatnonzero(tokens == END) + 1)
     return [part[:-1].astype(np.uint8).tobytes().decode() for part in parts[:-1]]
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from moe_engine.config_files import read_mapping
 from moe_engine.data.loader import IGNORED, Batch
-from moe_engine.data.tokenizer import Tokenizer, load_tokenizer
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.prepare.files import list_files
 from moe_engine.prepare.formats import BadRow, documents, read_pieces
 from moe_engine.prepare.pipeline import stdlib_sources
+from moe_engine.prepare.tokenizer.load import Tokenizer, load_tokenizer
 from moe_engine.upcycle import SCORED
 from moe_engine.upcycle.prompts import ExpertPrompts
 from tools.upcycling.flags import OF_FEATURES, OF_PROMPTS
@@ -40,28 +40,35 @@ def read_text(given: argparse.Namespace, rows: int, vocab_size: int) -> Text:
     prompted = given.router_init in OF_PROMPTS
     if not (sampled or prompted or given.receipt_tokens):
         return Text()
-    tokenizer = tokenizer_of(given.hf, given.tokenizer, vocab_size)
+    tokenizer = tokenizer_of(given.hf, given.tokenizer)
     prompts = read_prompts(given.prompts, rows, tokenizer) if prompted else None
 
     def read(tokens: int) -> Tensor | None:
         return sequences(given.text, tokenizer, tokens, min(given.seq_length, tokens)) if tokens else None
 
     bos = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return Text(read(given.text_tokens if sampled else 0), prompts, bos, read(given.receipt_tokens))
+    text = Text(read(given.text_tokens if sampled else 0), prompts, bos, read(given.receipt_tokens))
+    return check_ids(text, tokenizer, vocab_size)
 
 
-def tokenizer_of(folder: Path, given: str | None, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, or the one that was given; its ids must fit the model."""
+def tokenizer_of(folder: Path, given: str | None) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, or the one that was given."""
     try:
-        tokenizer = load_tokenizer(given or str(folder))
+        return load_tokenizer(given or str(folder))
     except ConfigError as error:
         raise ConfigError(f"{error}; name the parent's tokenizer with --tokenizer (bytes is one)") from None
-    if tokenizer.vocab_size > vocab_size:
+
+
+def check_ids(text: Text, tokenizer: Tokenizer, vocab_size: int) -> Text:
+    """The same text; ConfigError when it holds a token that the model has no row for."""
+    largest = [int(t.max()) for t in (text.sample_BS, text.receipt_BS) if t is not None] + [text.bos_id]
+    largest += [max(ids, default=0) for expert in text.prompts or () for each in expert for ids in each]
+    if max(largest) >= vocab_size:
         raise ConfigError(
-            f"--tokenizer {tokenizer.spec} has {tokenizer.vocab_size} ids, more than the model's {vocab_size}: give "
-            "the one that the model was trained with"
+            f"--tokenizer {tokenizer.spec}: the text holds token {max(largest)}, the model has {vocab_size}: give the "
+            "tokenizer that the model was trained with"
         )
-    return tokenizer
+    return text
 
 
 def read_prompts(path: Path, rows: int, tokenizer: Tokenizer) -> list[ExpertPrompts]:

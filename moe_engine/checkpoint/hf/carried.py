@@ -11,6 +11,7 @@ from typing import Any
 from moe_engine.checkpoint import disk
 from moe_engine.checkpoint.hf.contents import CONFIG, SideFiles, contents_of, is_weights
 from moe_engine.checkpoint.hf.folder import HfFolder
+from moe_engine.checkpoint.hf.tokenizer_files import with_tokenizer
 from moe_engine.checkpoint.manifest import NAME, file_in, read_manifest
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.shard import SUFFIX
@@ -42,9 +43,10 @@ def carried_config(side: Mapping[str, bytes]) -> dict[str, Any]:
     return carried
 
 
-def keep_for_run(source: HfFolder | Reader | None, out: Path) -> None:
+def keep_for_run(source: HfFolder | Reader | None, out: Path, tokenizer: Path, instead: bool = False) -> None:
     """Copy them to OUT/hf, so that every checkpoint of the run can be exported with them; None: there are none.
 
+    tokenizer: the folder of the data's; its files go along where the source has none, or `instead` of its own.
     Where config.json is silent on it, the dtype of the weights is added: the masters of a run are fp32.
     """
     kept, made = out / OF_A_RUN, out / f"{OF_A_RUN}.new"
@@ -52,7 +54,7 @@ def keep_for_run(source: HfFolder | Reader | None, out: Path) -> None:
         return
     if any(is_weights(path.name) for path in kept.rglob("*")):
         raise ConfigError(f"{kept} holds weights, and a run keeps other files there: move it, or choose another --out")
-    side = side_of(source) if source else {}
+    side = with_tokenizer(side_of(source) if source else {}, tokenizer, instead)
     disk.remove(made)
     for name in side:
         path = made / name

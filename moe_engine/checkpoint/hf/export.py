@@ -10,6 +10,7 @@ import torch
 
 from moe_engine.checkpoint.hf.carried import carried_config, of_checkpoint
 from moe_engine.checkpoint.hf.families import TABLES
+from moe_engine.checkpoint.hf.tokenizer_files import as_trained
 from moe_engine.checkpoint.hf.write import Target, refuse_biases, write_hf
 from moe_engine.checkpoint.manifest import NAME, problems_of
 from moe_engine.checkpoint.reader import Reader
@@ -69,7 +70,8 @@ def export_checkpoint(
 ) -> tuple[Target, Written]:
     """Write `out` from a checkpoint; see write_hf. verify: False for one that was written a moment ago."""
     reader, model = open_checkpoint(folder, verify)
-    target = target_of(reader.manifest, model, of_checkpoint(folder), wishes)
+    side = as_trained(of_checkpoint(folder), reader.manifest.get("tokenizer"), model.vocab_size)
+    target = target_of(reader.manifest, model, side, wishes)
     return target, write_hf(reader, model, target, out, reader.manifest["files"], beat, wishes.allow_nonfinite)
 
 

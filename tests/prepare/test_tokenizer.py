@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_engine.data.tokenizer import Tokenizer, load_tokenizer
 from moe_engine.errors import ConfigError
+from moe_engine.prepare.tokenizer.load import Tokenizer, load_tokenizer
 
 TOKENIZERS = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizers"
 needs_shared = pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="the shared tokenizers are not beside the repository")
@@ -28,12 +28,18 @@ SHARED = {
     "mistral_v1/tokenizer.model": ("sentencepiece", 32000, 2, 1, True),
     "llama2": ("sentencepiece", 32000, 2, 1, True),
     "llama3/tokenizer.model": ("tiktoken", 128256, 128001, 128000, True),
-    "gpt2": ("hf", 50257, 50256, None, True),
+    "gpt2": ("hf", 50257, 50256, 50256, True),
     "tiny_hf": ("hf", 2020, 2003, 2002, False),
     "tiny_hf/tokenizer.json": ("hf", 2020, 2003, 2002, False),
     "tiny_sentencepiece/m.model": ("sentencepiece", 2000, 2, 1, False),
-    "tiny_tiktoken": ("tiktoken", 2256, 2001, 2000, True),
+    "llama3:tiny_tiktoken": ("tiktoken", 2256, 2001, 2000, True),
 }
+
+
+def shared(name: str) -> str:
+    """The spec of a tokenizer in SHARED."""
+    family, colon, path = name.rpartition(":")
+    return f"{family}{colon}{TOKENIZERS / path}"
 
 
 def check(tokenizer: Tokenizer, lossless: bool = True) -> None:
@@ -60,7 +66,7 @@ def test_bytes() -> None:
 @needs_shared
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_tokenizers(name: str) -> None:
-    tokenizer = load_tokenizer(str(TOKENIZERS / name))
+    tokenizer = load_tokenizer(shared(name))
     kind, vocab_size, eos_id, bos_id, lossless = SHARED[name]
     assert (tokenizer.kind, tokenizer.vocab_size) == (kind, vocab_size)
     assert tokenizer.eos_id == eos_id and tokenizer.bos_id == bos_id
@@ -71,9 +77,9 @@ def test_shared_tokenizers(name: str) -> None:
 def test_fingerprint_follows_the_content_not_the_path(tmp_path: Path) -> None:
     content = (TOKENIZERS / "tiny_tiktoken/tiktoken_small.model").read_bytes()
     (tmp_path / "any.name").write_bytes(content)
-    here = load_tokenizer(str(TOKENIZERS / "tiny_tiktoken"))
-    assert load_tokenizer(str(tmp_path / "any.name")).fingerprint == here.fingerprint
-    prints = [load_tokenizer(str(TOKENIZERS / name)).fingerprint for name in SHARED]
+    here = load_tokenizer(shared("llama3:tiny_tiktoken"))
+    assert load_tokenizer(f"llama3:{tmp_path / 'any.name'}").fingerprint == here.fingerprint
+    prints = [load_tokenizer(shared(name)).fingerprint for name in SHARED]
     assert len(set(prints)) == len(SHARED) - 1  # tiny_hf is there twice
 
 
@@ -118,12 +124,12 @@ def test_end_of_text_is_found_or_asked_for(tmp_path: Path) -> None:
     vocabulary = {"a": 0, "</s>": 1, "<x>": 2}
     make_hf(tmp_path, vocabulary, {})
     assert load_tokenizer(str(tmp_path)).eos_id == 1
-    make_hf(tmp_path, vocabulary, {"eos_token": {"content": "<x>"}})
-    assert load_tokenizer(str(tmp_path)).eos_id == 2
-    make_hf(tmp_path, vocabulary, {})
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [2, 1]}))
     assert load_tokenizer(str(tmp_path)).eos_id == 2
+    make_hf(tmp_path, vocabulary, {"eos_token": {"content": "<x>"}})
+    assert load_tokenizer(str(tmp_path)).eos_id == 2
     (tmp_path / "config.json").unlink()
+    assert load_tokenizer(str(tmp_path)).eos_id == 2
     make_hf(tmp_path, {"a": 0, "b": 1}, {})
     with pytest.raises(ConfigError, match="no end-of-text token"):
         load_tokenizer(str(tmp_path))
