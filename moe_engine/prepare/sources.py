@@ -1,4 +1,4 @@
-"""What prepared data was made of: each input file as the manifest lists it, and the key that changes with any of them."""
+"""What prepared data was made of: each input file as a manifest lists it, and the key that changes with them."""
 
 import hashlib
 import json

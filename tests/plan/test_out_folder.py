@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from launch.pretrain_moe import main
-from moe_engine.checkpoint.hf.carried import keep_for_run
 from moe_engine.config import Run
 from moe_engine.config_cli import load
 from moe_engine.errors import ConfigError
@@ -69,9 +68,8 @@ def test_what_a_run_leaves_is_not_in_its_way(out: Path) -> None:
     (out / "tensorboard").symlink_to("checkpoints")  # whoever keeps it elsewhere may
     (out / "metrics.jsonl").unlink()
     (out / "metrics.jsonl").symlink_to("not-yet.jsonl")
-    Path("hf").mkdir()
-    (Path("hf") / "config.json").write_text("{}")
-    keep_for_run(Path("hf"), out)
+    (out / "hf").mkdir()
+    (out / "hf" / "config.json").write_text("{}")
     prepared("out/data", NAME)
     check_out_folder(run_of("--export-hf", "out/export"), goes_on=False)
 

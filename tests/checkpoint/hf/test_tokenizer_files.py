@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_engine.checkpoint.hf.carried import keep_for_run, of_checkpoint
+from moe_engine.checkpoint.hf.carried import keep_for_run
+from moe_engine.checkpoint.hf.contents import contents_of
 from moe_engine.checkpoint.hf.tokenizer_files import as_trained, with_tokenizer
 from moe_engine.prepare.tokenizer import byte_files
 
@@ -66,16 +67,13 @@ def test_case_11_ids_that_the_model_has_are_written() -> None:
 
 
 def test_case_11_the_tokenizer_of_the_data_goes_along_where_the_weights_have_none(tmp_path: Path) -> None:
-    folder, source = tmp_path / "data" / "tokenizer", tmp_path / "hf"
+    folder = tmp_path / "data" / "tokenizer"
     folder.mkdir(parents=True)
-    source.mkdir()
     for name, content in byte_files.files().items():
         (folder / name).write_bytes(content)
     keep_for_run(None, tmp_path / "run", folder)
-    assert of_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000001") == byte_files.files()
-    (source / "config.json").write_text("{}")
-    keep_for_run(source, tmp_path / "run", folder)
-    assert of_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000001").keys() == {
+    assert contents_of(tmp_path / "run" / "hf").side == byte_files.files()
+    assert with_tokenizer({"config.json": b"{}"}, folder, instead=False).keys() == {
         *("config.json", "tokenizer.json", "tokenizer_config.json")
     }
     theirs = {"tokenizer.model": b"m", "special_tokens_map.json": b"{}", "LICENSE": b"l"}
