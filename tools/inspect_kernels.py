@@ -26,6 +26,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,7 +182,7 @@ def print_table(rows: list[Row]) -> None:
     """A line for each kernel and dtype; for each target the most registers and shared memory of its tiles, and how many
     of them have a problem."""
     targets = list(dict.fromkeys(row.target for row in rows))
-    print(f"| kernel | dtype | {' | '.join(targets)} |")
+    print(f"| Triton {version('triton')} | dtype | {' | '.join(targets)} |")
     print("|---" * (2 + len(targets)) + "|")
     for kernel, dtype in sorted({(row.kernel, row.dtype) for row in rows}):
         cells = []
