@@ -111,6 +111,7 @@ class AttentionExperts(nn.Module):
         self.w_k = weight((experts, head_dim, hidden), cut={0: ep}, std=std)
         self.w_v = weight((experts, head_dim, hidden), cut={0: ep}, std=std)
         self.w_o = weight((experts, hidden, heads, head_dim), cut={0: ep, 2: tp}, std=std)
+        self.count = self.w_k.shape[0]  # under ZeRO 3 a weight has its shape in this module's forward alone
 
     def forward(
         self, x_ND: Tensor, weight_N1: Tensor, turn: tuple[Tensor, Tensor], at: Arrangement, norms: list[nn.Module]
@@ -157,8 +158,7 @@ class AttentionMoE(nn.Module):
         stats_BX = reduce_from(member_BT @ pack_stats(*routing[2:], experts=self.config.router_columns), self.tp)
         rows_MD, ticket_M3 = flight.land()
         token_M, position_M = ticket_M3[:, 1:].long().unbind(1)
-        experts = self.experts.w_k.shape[0]
-        order = arrange(flight.expert_M.long(), token_M, position_M, experts, sequences, x_TD.dtype)
+        order = arrange(flight.expert_M.long(), token_M, position_M, self.experts.count, sequences, x_TD.dtype)
         x_ND, weight_N1, position_N1 = (
             _take(rows, order.row_N) for rows in (rows_MD, ticket_M3[:, :1], position_M.unsqueeze(1))
         )

@@ -102,10 +102,11 @@ class Experts(nn.Module):
         cut = {0: mesh.ep, 2: mesh.tp}
         self.w_gate_up = weight((experts, 2, width, hidden), cut=cut, std=config.initializer_range)
         self.w_down = weight((experts, hidden, width), cut=cut, std=config.initializer_range)
+        self.count = self.w_down.shape[0]  # under ZeRO 3 a weight has its shape in this module's forward alone
 
     def order(self, index_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The order in which forward visits the experts index_TK (int32, L = none)."""
-        return sort_by_expert(index_TK, self.w_down.shape[0])
+        return sort_by_expert(index_TK, self.count)
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, order: tuple[Tensor, Tensor, Tensor], keep_h: bool) -> Tensor:
         """The weighted sum y[T, D]{tp} of each token's experts on x[T, D]; keep_h: h stays for backward, if any."""

@@ -6,7 +6,6 @@ replicated over tp and see the rank's own tokens, so their gradients are summed 
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe_engine.config import Model
 from moe_engine.model.attention import Attention, Places, inverse_frequencies, places
@@ -15,6 +14,7 @@ from moe_engine.model.loss import vocab_cross_entropy
 from moe_engine.model.mlp import DenseMLP
 from moe_engine.model.moe import Home, MoE, bring
 from moe_engine.model.norm import RMSNorm
+from moe_engine.model.recompute import recomputed
 from moe_engine.parallel.collectives import all_gather, reduce_scatter
 from moe_engine.parallel.linear import ColumnLinear, VocabEmbedding
 from moe_engine.parallel.mesh import Axis, Mesh
@@ -59,9 +59,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The whole decoder on this rank of the mesh.
 
-    recompute: "none"; "selective" keeps matrix products, attention and the output of the experts, and recomputes the
-    rest of a layer in backward, the experts' gate and up products too, whose results are most of a layer's activations;
-    "full" keeps only a layer's input. Both keep the routing of the first pass, so that no token changes its expert.
+    recompute: "none", "selective" or "full", see recompute.py.
     replicate_attention_experts: every ep rank holds those of all (see attention_moe.py).
     """
 
@@ -124,32 +122,4 @@ class Transformer(nn.Module):
         if self.recompute == "none" or not torch.is_grad_enabled():
             return layer(x_TD, at, member_BT)
         assert isinstance(layer, Block)
-        kept = ROUTING if self.recompute == "full" else ROUTING + PRODUCTS
-
-        def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-            keep = op.name().partition(".")[0] in kept
-            return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-        outputs = checkpoint(
-            layer.compute,
-            x_TD,
-            at,
-            member_BT,
-            use_reentrant=False,
-            context_fn=lambda: create_selective_checkpoint_contexts(policy),
-        )
-        return layer.finish(*outputs)
-
-
-ROUTING = ("moe_engine::router_topk",)
-PRODUCTS = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::linear",
-    "moe_engine::experts",
-    "moe_engine::grouped_mm",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-)
+        return layer.finish(*recomputed(layer.compute, self.recompute, x_TD, at, member_BT))
