@@ -152,7 +152,7 @@ def nonfinite_in(partial: Partial, source: object, allowed: bool) -> dict[str, s
 def digests_of(side: Mapping[str, bytes]) -> dict[str, str]:
     """Hashes of small files, with the version that writes: part of what an interrupted conversion has to agree in."""
     found = {name: xxhash.xxh3_128(content).hexdigest() for name, content in side.items()}
-    return found | {"moe_engine": moe_engine.__version__}
+    return found | {"moe_engine": moe_engine.__version__, "hash_of": "counts what is not finite"}
 
 
 def write_bytes(path: Path, content: bytes) -> Digest:
