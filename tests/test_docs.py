@@ -29,7 +29,7 @@ EXAMPLES = {
         "cases.py",
         "triton.py",
     ),
-    *("utils.py", "helpers.py", "common.py", "_.py", "llama.cpp"),
+    *("utils.py", "helpers.py", "common.py", "_.py"),
 }
 
 

@@ -6,7 +6,6 @@ two steps), prepare_data really, on text made here, `make` with -n. The last tes
 expect complaints.
 """
 
-import base64
 import contextlib
 import importlib
 import io
@@ -28,6 +27,7 @@ from moe_engine.config_cli import build_parser
 from moe_engine.config_report import KEYS
 from moe_engine.errors import EngineError
 from moe_engine.log import progress_line
+from moe_engine.prepare.tokenizer import byte_files
 from tests.checkpoint.hf.small import save, theirs
 
 ROOT = Path(__file__).parents[1]
@@ -130,10 +130,12 @@ class Checker:
         self.folder = folder
         for name in LINKED:
             (folder / name).symlink_to(ROOT / name)
-        mixtral = theirs("mixtral", vocab_size=512, num_local_experts=8)  # what the reader has, small
+        mixtral = theirs(
+            "mixtral", vocab_size=512, num_local_experts=8, eos_token_id=256, bos_token_id=None
+        )  # what the reader has, small
         save(mixtral, folder / "Mixtral-8x7B-v0.1", shard="1GB", side=False)
-        ranks = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))  # of tiktoken
-        (folder / "Mixtral-8x7B-v0.1" / "tokenizer.model").write_text(ranks)
+        for name, content in byte_files.files().items():
+            (folder / "Mixtral-8x7B-v0.1" / name).write_bytes(content)
         monkeypatch.chdir(folder)
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the launcher sets it: put back after the test
 

@@ -133,6 +133,8 @@ def test_case_11_a_run_from_nothing_exports_a_folder_that_generates(tokens: Path
     made = model.generate(**given, max_new_tokens=4, do_sample=False, pad_token_id=256)
     assert made.shape[1] == len(b"what is written") + 4
     step = tmp_path / "run" / "checkpoints" / "step-00000002"
+    recorded = json.loads((step / "manifest.json").read_text())["tokenizer"]
+    assert (recorded["spec"], recorded["eos_id"], recorded["add_bos"]) == ("bytes", 256, False)
     assert convert(["export", "--checkpoint", str(step), "--out", str(tmp_path / "again")]) == 0
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()

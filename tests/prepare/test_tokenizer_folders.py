@@ -126,7 +126,14 @@ def test_case_04c_two_tokenizers_in_a_folder_are_compared(spm: Path, tmp_path: P
     assert (
         "splits text differently" in note and "tokenizer.json is taken, as transformers does; llama.cpp takes" in note
     )
-    assert ours.fingerprint != model.fingerprint and not model.notes
+    assert ours.fingerprint != model.fingerprint
+    (folder / "tokenizer.json").unlink()  # and a model alone is taken as it is
+    alone = load_tokenizer(str(folder))
+    assert alone.fingerprint == model.fingerprint
+    (note,) = alone.notes
+    assert (
+        "tokenizer.model is taken as it is, as llama.cpp does; transformers reads it as LlamaTokenizer, which" in note
+    )
 
 
 def test_case_04c_equal_tokenizers_are_not_warned_about_and_have_one_fingerprint(spm: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_engine.checkpoint.hf.contents import CONFIG
+from moe_engine.host.files import size_in
 
 JSON = "tokenizer.json"
 VOCABULARIES = (JSON, "tokenizer.model", "vocab.json")
@@ -25,7 +26,8 @@ NAMES = (
 
 def with_tokenizer(side: Mapping[str, bytes], folder: Path, instead: bool) -> Mapping[str, bytes]:
     """The side files of weights with the tokenizer files in `folder`, where they have none, or `instead` of theirs."""
-    theirs = {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    theirs = {path.name: path.read_bytes() for path in paths if size_in(folder, path) is not None}
     if not theirs or (not instead and any(name in side for name in VOCABULARIES)):
         return side
     return {name: content for name, content in side.items() if name not in NAMES} | theirs
@@ -63,7 +65,9 @@ def _beginning(tokenizer: dict[str, Any], bos_id: int | None) -> dict[str, Any]:
     added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or ()}
     vocab = tokenizer["model"]["vocab"]
     pieces = vocab.items() if isinstance(vocab, dict) else ((piece, i) for i, (piece, _) in enumerate(vocab))
-    bos = None if bos_id is None else added.get(bos_id) or next(piece for piece, i in pieces if i == bos_id)
+    bos = None if bos_id is None else added.get(bos_id) or next((piece for piece, i in pieces if i == bos_id), None)
+    if bos_id is not None and bos is None:
+        return tokenizer  # tokenizer_config.json adds the token, and says when it is placed
     a, b = ([{"Sequence": {"id": name, "type_id": i}}] for i, name in enumerate("AB"))
     begin = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
     if [part.get("single") for part in templates] == [begin + a] or (not templates and not begin):
@@ -75,7 +79,10 @@ def _beginning(tokenizer: dict[str, Any], bos_id: int | None) -> dict[str, Any]:
 
 
 def _with(content: bytes, change: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:
-    """A JSON object, changed; the same bytes where nothing changes."""
-    old = json.loads(content)
-    new = change(old)
+    """A JSON object, changed; the same bytes where nothing changes, and where the file is no JSON object."""
+    try:
+        old = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    new = change(old) if isinstance(old, dict) else old
     return content if new == old else (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode()

@@ -7,7 +7,7 @@ read here, and of nothing else: no code of the folder is run, and nothing is dow
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,11 @@ from moe_engine.prepare.tokenizer.special import Settings, added_tokens, special
 from moe_engine.prepare.tokenizer.tokenizer import CONFIG, JSON, KINDS, MERGES, MODEL, VOCAB, Files, Tokenizer, kept_of
 
 
-def hugging_face(
-    spec: str, files: Files, settings: Settings, compare: Callable[[Encode], tuple[str, ...]]
-) -> Tokenizer:
-    """The tokenizer of a folder's files. compare: gives notes on what other readers of the folder will do."""
+def hugging_face(spec: str, files: Files, settings: Settings) -> Tokenizer:
+    """The tokenizer of a folder's files."""
     raw = _raw(spec, files)
-    made = _as_transformers(spec, files, settings)
-    model = made.backend_tokenizer
-    model.no_truncation()
-    model.no_padding()
-    model.encode_special_tokens = True
+    made = as_transformers(spec, files, settings)
+    model, encode = made.backend_tokenizer, encoder_of(made)
     added = added_tokens(spec, settings)
     for text, token_id in added.items():
         if (found := model.token_to_id(text)) != token_id:
@@ -43,9 +38,6 @@ def hugging_face(
     usual = {key: text if text in known else None for key, text in usual.items()}
     special = special_of(spec, settings, known.get, lambda i: texts.get(i, str(i)), size, usual)
 
-    def encode(text: str) -> list[int]:
-        return model.encode(text, add_special_tokens=False).ids
-
     def decode(ids: list[int]) -> str:
         return model.decode(ids, skip_special_tokens=False)
 
@@ -53,12 +45,11 @@ def hugging_face(
         return raw.encode(text, add_special_tokens=False).ids
 
     other = difference(encode, plain) if JSON in files else None
-    notes = compare(encode)
+    notes: tuple[str, ...] = ()
     if other:
         notes = (
             f"{type(made).__name__} of transformers, which is taken, and {JSON} by itself, as other readers take it, "
             f"split text differently ({other})",
-            *notes,
         )
 
     def kept() -> dict[str, bytes]:
@@ -96,7 +87,7 @@ def _raw(spec: str, files: Files) -> Any:
     return model
 
 
-def _as_transformers(spec: str, files: Files, settings: Settings) -> Any:
+def as_transformers(spec: str, files: Files, settings: Settings) -> Any:
     """What transformers makes of the files. vocab.json and merges.txt of which nothing is said are GPT-2's."""
     try:
         from transformers import AutoTokenizer, GPT2Tokenizer
@@ -105,7 +96,7 @@ def _as_transformers(spec: str, files: Files, settings: Settings) -> Any:
     said = JSON in files or CONFIG in files or "config.json" in files
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
-            if name != MODEL:
+            if name != MODEL or (JSON not in files and VOCAB not in files):
                 Path(folder, name).write_bytes(content)
         if (cleaned := _as_it_is_read(settings[CONFIG])) != settings[CONFIG]:
             Path(folder, CONFIG).write_text(json.dumps(cleaned))
@@ -120,6 +111,15 @@ def _as_transformers(spec: str, files: Files, settings: Settings) -> Any:
                 f"{JSON} that it loads without code of the folder's own"
             ) from None
     return made
+
+
+def encoder_of(made: Any) -> Encode:
+    """Text to ids by a tokenizer of transformers; a special token that text spells stays text."""
+    model = made.backend_tokenizer
+    model.no_truncation()
+    model.no_padding()
+    model.encode_special_tokens = True
+    return lambda text: model.encode(text, add_special_tokens=False).ids
 
 
 def _as_it_is_read(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,19 +9,20 @@ The files beside a tokenizer say which token ends a text. Documents are data: te
 encoded as ordinary text, and no token is added at either end (`eos_id` and `bos_id` are for the caller to place).
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from moe_engine.errors import ConfigError
 from moe_engine.prepare.tokenizer import byte_files
-from moe_engine.prepare.tokenizer.hugging_face import hugging_face
-from moe_engine.prepare.tokenizer.identity import BYTES, Encode, difference, fingerprint
+from moe_engine.prepare.tokenizer.hugging_face import as_transformers, encoder_of, hugging_face
+from moe_engine.prepare.tokenizer.identity import BYTES, difference, fingerprint
 from moe_engine.prepare.tokenizer.sentence_piece import sentence_piece
 from moe_engine.prepare.tokenizer.special import SETTINGS, Settings, Special, refuse_pointer, settings_of
 from moe_engine.prepare.tokenizer.tiktoken import RANKS, tiktoken
 from moe_engine.prepare.tokenizer.tokenizer import (
+    CONFIG,
     JSON,
     KINDS,
     LLAMA3,
@@ -79,31 +80,42 @@ def _read(spec: str, path: Path) -> bytes:
 
 
 def _from_files(spec: str, files: Files) -> Tokenizer:
-    """The tokenizer that transformers would take of these files; another one that lies there too is compared."""
+    """tokenizer.json first, as transformers does; what another reader of the same files would do is compared."""
     settings = settings_of(spec, files)
-    if JSON not in files and not {VOCAB, MERGES} <= files.keys():
-        return _of_model(spec, files, settings)
-    return hugging_face(spec, files, settings, _compare_model(spec, files, settings))
+    if JSON in files or {VOCAB, MERGES} <= files.keys():
+        made = hugging_face(spec, files, settings)
+        return replace(made, notes=(*made.notes, *_model_beside(spec, files, settings, made)))
+    made = _of_model(spec, files, settings)
+    return replace(made, notes=_class_beside(spec, files, settings, made))
 
 
 def _of_model(spec: str, files: Files, settings: Settings) -> Tokenizer:
     return (tiktoken if RANKS.match(files[MODEL]) else sentence_piece)(spec, files, settings)
 
 
-def _compare_model(spec: str, files: Files, settings: Settings) -> Callable[[Encode], tuple[str, ...]]:
-    """Compares an encoder with the tokenizer.model that lies beside it, if one does."""
+def _model_beside(spec: str, files: Files, settings: Settings, made: Tokenizer) -> tuple[str, ...]:
+    """How the tokenizer.model that lies beside a tokenizer.json, if one does, splits text differently."""
+    if MODEL not in files:
+        return ()
+    chosen = f"{JSON if JSON in files else VOCAB} is taken, as transformers does; llama.cpp takes {MODEL}"
+    try:
+        found = difference(made.encode_text, _of_model(spec, files, settings).encode_text)
+    except ConfigError as error:
+        return (f"{MODEL} beside it was not compared with it ({error}); {chosen}",)
+    return (f"{MODEL} beside it splits text differently ({found}); {chosen}",) if found else ()
 
-    def compare(encode: Encode) -> tuple[str, ...]:
-        if MODEL not in files:
-            return ()
-        chosen = f"{JSON if JSON in files else VOCAB} is taken, as transformers does; llama.cpp takes {MODEL}"
-        try:
-            found = difference(encode, _of_model(spec, files, settings).encode_text)
-        except ConfigError as error:
-            return (f"{MODEL} beside it was not compared with it ({error}); {chosen}",)
-        return (f"{MODEL} beside it splits text differently ({found}); {chosen}",) if found else ()
 
-    return compare
+def _class_beside(spec: str, files: Files, settings: Settings, made: Tokenizer) -> tuple[str, ...]:
+    """How the class that tokenizer_config.json names for a SentencePiece model splits text differently."""
+    name = settings[CONFIG].get("tokenizer_class")
+    if name is None or made.kind != "sentencepiece":
+        return ()
+    chosen = f"{MODEL} is taken as it is, as llama.cpp does; transformers reads it as {name}"
+    try:
+        found = difference(made.encode_text, encoder_of(as_transformers(spec, files, settings)))
+    except ConfigError as error:
+        return (f"{chosen}, which was not compared with it ({error})",)
+    return (f"{chosen}, which splits text differently ({found})",) if found else ()
 
 
 def _bytes_tokenizer() -> Tokenizer:

@@ -57,6 +57,12 @@ def test_case_06_what_says_so_already_stays_byte_for_byte() -> None:
     assert json.loads(as_trained(wrong, trained, 300)["generation_config.json"]) == ids
 
 
+def test_case_06_a_side_file_that_is_no_json_stays_as_it_is() -> None:
+    side = with_bos() | {"generation_config.json": b"{cut", "config.json": b"[]"}
+    out = as_trained(side, SAID | {"bos_id": 257, "add_bos": False}, 300)
+    assert (out["generation_config.json"], out["config.json"]) == (b"{cut", b"[]")
+
+
 def test_case_11_ids_that_the_model_has_are_written() -> None:
     said = SAID | {"bos_id": 257, "pad_id": 258, "add_bos": False}
     ids = {"eos_token_id": 256, "bos_token_id": 257, "pad_token_id": 258}
