@@ -94,7 +94,9 @@ def test_tensorboard_carries_the_tags(tmp_path: Path) -> None:
         log.step(row(1, routing_supervision_loss=1.5, domain_loss={"books": 3.0}, **more, **layers))
         log.eval({"step": 1, "loss": 3.5, "domain_loss": {"books": 3.25}})
     found = scalars(tmp_path / "tensorboard")
-    train = "loss lm_loss aux_loss z_loss routing_supervision_loss grad_norm learning_rate tokens_per_s mfu".split()
+    train = (
+        "loss lm_loss aux_loss z_loss routing_supervision_loss grad_norm learning_rate tokens tokens_per_s mfu".split()
+    )
     layer = ["load_max_over_mean", "load_entropy", "dropped"]
     other = ["domain/books/loss", "eval/loss", "eval/domain_loss/books"]
     assert set(found) == {f"train/{t}" for t in train} | {f"moe/layer_4/{t}" for t in layer} | set(other)
