@@ -78,7 +78,7 @@ def weight_warnings(run: Run) -> list[str]:
     if not run.train.init_from:
         return []
     from moe_engine.checkpoint.hf.first import changes_of, check_shapes, open_weights
-    from moe_engine.checkpoint.hf.table import weight_shapes
+    from moe_engine.weights import weight_shapes
 
     folder = Path(run.train.init_from)
     source = open_weights(folder)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moe_engine.checkpoint.hf.families import TABLES
-from moe_engine.checkpoint.hf.table import Place, Table, places, weight_shapes
+from moe_engine.checkpoint.hf.table import Place, Table, places
 from moe_engine.checkpoint.pieces import Piece, volume
 from moe_engine.checkpoint.shard import MAX_HEADER, SUFFIX, TORCH_OF, Entry
 from moe_engine.checkpoint.source import Source, Stored
@@ -27,6 +27,7 @@ from moe_engine.config_hf import family_in
 from moe_engine.config_report import BULLET, shown
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import size_in
+from moe_engine.weights import weight_shapes
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
