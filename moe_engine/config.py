@@ -141,25 +141,6 @@ class Model(Section):
         """Number of decoder layers whose attention is made of experts."""
         return sum(self.is_attention_moe(layer) for layer in range(self.num_hidden_layers))
 
-    @property
-    def router_columns(self) -> int:
-        """Experts of the widest router, feed-forward or attention."""
-        attention = self.num_attention_experts if self.num_attention_moe_layers else 0
-        return max(self.num_local_experts, attention)
-
-    def attention_routing(self) -> "Model":
-        """The same model, its routing keys those of the attention routers: dropless, renormalised, without a bias."""
-        return self.model_copy(
-            update={
-                "num_local_experts": self.num_attention_experts,
-                "num_experts_per_tok": self.num_attention_experts_per_tok,
-                "routed_scaling_factor": self.attention_scaling_factor,
-                "norm_topk_prob": True,
-                "capacity_factor": None,
-                "expert_bias_update_rate": 0.0,
-            }
-        )
-
     @model_validator(mode="after")
     def _sizes_agree(self) -> "Model":
         heads, groups, experts = self.num_attention_heads, self.num_key_value_heads, self.num_local_experts

@@ -1,7 +1,7 @@
 """What a run says while it runs: rank-0 console, metrics.jsonl, TensorBoard. report.py reads it back.
 
     row of one step --> metrics.jsonl   one JSON object a line, flushed, cut back on resume
-                    --> tensorboard/    the same numbers under the tags of SCALAR_TAGS and moe/layer_N/...
+                    --> tensorboard/    the same numbers: train/NAME, domain/NAME/loss, moe/layer_N/NAME
                     --> console         Step i/N | Loss: x | LR: y | ...
 
 A row needs `step`; every other field is optional and documented in docs/metrics.md. `expert_load` holds, per MoE layer,
@@ -20,19 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-SCALAR_TAGS = {
-    "loss": "train/loss",
-    "lm_loss": "train/lm_loss",
-    "aux_loss": "train/aux_loss",
-    "aux_loss_hf": "train/aux_loss_hf",
-    "z_loss": "train/z_loss",
-    "routing_supervision_loss": "train/routing_supervision_loss",
-    "grad_norm": "train/grad_norm",
-    "lr": "train/learning_rate",
-    "tokens_per_s": "train/tokens_per_s",
-    "mfu": "train/mfu",
-}
-LAYER_FIELDS = ("load_max_over_mean", "load_entropy", "dropped")
+TAGS = {"lr": "learning_rate"}  # of scalars that are not called by their own names
+LABELS = {"lm_loss": "LM:", "routing_supervision_loss": "Routing Loss:"}  # likewise, on the console
 COLLAPSE, IMBALANCE = 0.4, 2.0  # of the fair share 1/E: 5 % and 25 % of the assignments at E = 8
 
 
@@ -90,14 +79,17 @@ class Logger:
             for text in texts:
                 self._print(f"warning: {printable(text)}", sys.stderr)
 
-    def step(self, row: dict[str, Any]) -> None:
-        """Record one optimizer step (`row["step"]` counts from 1) on every output, and warn about expert load."""
+    def step(self, row: dict[str, Any], minimised: Sequence[str] = ("lm_loss",)) -> None:
+        """Record one optimizer step (`row["step"]` counts from 1) on every output, and warn about expert load.
+
+        minimised: the numbers of the row that add up to its loss; the progress line shows them.
+        """
         if not self.is_main:
             return
         row = with_load_statistics(row)
         self._append("metrics.jsonl", row)
         self._tensorboard(row["step"], step_scalars(row))
-        self._progress(row)
+        self._progress(row, minimised)
         self._watch_load(row)
 
     def eval(self, row: dict[str, Any]) -> None:
@@ -166,12 +158,12 @@ class Logger:
             self._board = False
             self.warn(f"{self.out / 'tensorboard'}: {error}; no more events are written, metrics.jsonl has the numbers")
 
-    def _progress(self, row: dict[str, Any]) -> None:
+    def _progress(self, row: dict[str, Any], minimised: Sequence[str]) -> None:
         if self._first is None:
             self._first = (row["step"], self._clock())
         if self.quiet:
             return
-        line = progress_line(row, self.total_steps, self._eta(row["step"]))
+        line = progress_line(row, self.total_steps, self._eta(row["step"]), minimised)
         due = self.log_every and row["step"] % self.log_every == 0
         if due or row["step"] == self.total_steps:
             self._print(line, sys.stdout)
@@ -270,23 +262,30 @@ def with_load_statistics(row: dict[str, Any]) -> dict[str, Any]:
 
 def step_scalars(row: dict[str, Any]) -> dict[str, float]:
     """TensorBoard tags and values of one row of metrics.jsonl."""
-    scalars = {tag: row[key] for key, tag in SCALAR_TAGS.items() if row.get(key) is not None}
-    domains = row.get("domain_loss", {}).items()
-    scalars |= {f"domain/{name}/loss": value for name, value in domains if not math.isnan(value)}
-    for field in LAYER_FIELDS:
-        for layer, value in zip(row.get("moe_layers", ()), row.get(field, ())):
-            scalars[f"moe/layer_{layer}/{field}"] = value
+    layers = row.get("moe_layers", ())
+    scalars: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            tag = "domain/{}/loss" if key == "domain_loss" else f"train/{key}/{{}}"
+            scalars |= {tag.format(name): each for name, each in value.items()}
+        elif isinstance(value, int | float) and key != "step":
+            scalars[f"train/{TAGS.get(key, key)}"] = value
+        elif isinstance(value, list) and len(value) == len(layers) and not key.endswith("layers"):
+            if any(isinstance(each, list) for each in value):
+                continue
+            scalars |= {f"moe/layer_{layer}/{key}": each for layer, each in zip(layers, value)}
     return scalars
 
 
-def progress_line(row: dict[str, Any], total_steps: int, eta: float | None = None) -> str:
+def progress_line(
+    row: dict[str, Any], total_steps: int, eta: float | None = None, minimised: Sequence[str] = ("lm_loss",)
+) -> str:
     """The console line of one step; fields that the row lacks are left out. Opens as S1.19 asks: Step, Loss, LR."""
     parts = [f"Step {row['step']}/{total_steps}"]
     for key, form in (
         ("loss", "Loss: {:.4f}"),
         ("lr", "LR: {:.3e}"),
-        ("routing_supervision_loss", "Routing Loss: {:.4f}"),
-        ("lm_loss", "LM: {:.4f}"),
+        *((name, f"{LABELS.get(name, name)} {{:.4f}}") for name in minimised),
         ("grad_norm", "grad norm {:.3f}"),
         ("tokens_per_s", "{:,.0f} tok/s"),
     ):

@@ -1,17 +1,14 @@
-"""How many parameters a model has: in all, active for one token, and on one rank of a layout. Arithmetic only.
-
-    dense   V*D embedding (twice unless tied) + per layer D*C*(2H + 2G) attention + 3*D*F dense FFN or shared expert
-            + 2*D norms, and of q and k 2*C ("head") or C*(H + G) ("projection", cut like attention) + D
-    expert  E * 3*D*F per expert layer, and a router of E*D, which is dense (every rank of ep holds it)
-            A * 2*D*C*(H/A + 1) per attention MoE layer, and a router of A*D; its attention is no dense one
+"""How many parameters a model has: in all, active for one token, and on one rank of a layout; sums over `weights_of`.
 
 active = total minus the experts that a token does not visit: embeddings and routers are counted in full, as in the
 published "47B, 13B active" of Mixtral-8x7B.
 """
 
+import math
 from typing import NamedTuple
 
 from moe_engine.config import Model, Parallel
+from moe_engine.weights import COMPONENTS, active_share, weights_of
 
 
 class ParameterCounts(NamedTuple):
@@ -68,52 +65,26 @@ class RankParameters(NamedTuple):
 
 def parameter_counts(model: Model) -> ParameterCounts:
     """Parameters of the whole model, by component."""
-    d, layers, sparse = model.hidden_size, model.num_hidden_layers, model.num_moe_layers
-    heads = model.num_attention_heads + model.num_key_value_heads
-    attention = model.head_dim * heads * (2 * d + (model.qk_norm == "projection"))
-    expert, routed = 3 * d * model.moe_intermediate_size, model.num_attention_moe_layers
-    attention_expert = 2 * d * model.head_dim * (heads_per_attention_expert(model) + 1)
-    return ParameterCounts(
-        embedding=model.vocab_size * d,
-        head=0 if model.tie_word_embeddings else model.vocab_size * d,
-        attention=(layers - routed) * attention,
-        dense_mlp=(layers - sparse) * 3 * d * model.intermediate_size,
-        shared_experts=sparse * 3 * d * model.shared_intermediate_size,
-        experts=sparse * model.num_local_experts * expert,
-        routers=sparse * model.num_local_experts * d,
-        norms=(2 * layers + 1) * d + (2 * layers * model.head_dim if model.qk_norm == "head" else 0),
-        attention_experts=routed * model.num_attention_experts * attention_expert,
-        attention_routers=routed * model.num_attention_experts * d,
-        active_experts=sparse * model.num_experts_per_tok * expert,
-        active_attention_experts=routed * model.num_attention_experts_per_tok * attention_expert,
-    )
+    counts = dict.fromkeys(COMPONENTS, 0)
+    for weight in weights_of(model):
+        counts[weight.component] += weight.parameters
+    active = {}
+    for component in ("experts", "attention_experts"):
+        chosen, of = active_share(model, component)
+        active[f"active_{component}"] = counts[component] // max(of, 1) * chosen
+    return ParameterCounts(**counts, **active)
+
+
+def rank_parameters(model: Model, parallel: Parallel) -> RankParameters:
+    """Parameters of one rank of a layout that `check_layout` accepts: all ranks hold the same number."""
+    dense = expert = 0
+    for weight in weights_of(model, parallel.replicate_attention_experts):
+        here = math.prod(weight.on_rank(parallel))
+        dense, expert = (dense, expert + here) if weight.expert else (dense + here, expert)
+    replicas = parallel.dp * parallel.ep
+    return RankParameters(dense, expert, -(-dense // replicas), -(-expert // parallel.dp))
 
 
 def heads_per_attention_expert(model: Model) -> int:
     """Query heads of one attention expert; 0 without them."""
     return model.num_attention_heads // model.num_attention_experts if model.num_attention_experts else 0
-
-
-def attention_experts_over_tp(model: Model, tp: int) -> int:
-    """Parameters of all attention experts on one of `tp` ranks: tp cuts the query heads of each, not its kv head."""
-    heads = heads_per_attention_expert(model)
-    return parameter_counts(model).attention_experts // (heads + 1) * (heads // tp + 1)
-
-
-def rank_parameters(model: Model, parallel: Parallel) -> RankParameters:
-    """Parameters of one rank of a layout that `check_layout` accepts: all ranks hold the same number.
-
-    tp cuts embedding, head, attention and FFNs; norms and routers are whole on every rank; ep cuts the experts.
-    Replicated attention experts are dense.
-    """
-    counts = parameter_counts(model)
-    cut = counts.embedding + counts.head + counts.attention + counts.dense_mlp + counts.shared_experts
-    dense = cut // parallel.tp + counts.routers + counts.attention_routers + counts.norms
-    expert = counts.experts // (parallel.ep * parallel.tp)
-    attention = attention_experts_over_tp(model, parallel.tp)
-    if parallel.replicate_attention_experts:
-        dense += attention
-    else:
-        expert += attention // parallel.ep
-    replicas = parallel.dp * parallel.ep
-    return RankParameters(dense, expert, -(-dense // replicas), -(-expert // parallel.dp))

@@ -72,6 +72,7 @@ def our_step(shape: Shape, precision: Literal["fp32", "bf16"], device) -> Callab
     from moe_engine.parallel.mesh import Mesh
     from moe_engine.parallel.weight import initialise
     from moe_engine.train.step import train_step
+    from moe_engine.train.terms import pretraining_terms
     from moe_engine.train.zero import ZeroEngine
 
     run = Run(
@@ -91,7 +92,8 @@ def our_step(shape: Shape, precision: Literal["fp32", "bf16"], device) -> Callab
         tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, torch.zeros(SEQUENCES, dtype=torch.int64)
     )
     batch = Batch(*(field.to(device) for field in batch))
-    return lambda: train_step(engine, run.model, mesh, [batch], 1e-4)
+    terms = pretraining_terms(run.model)
+    return lambda: train_step(engine, terms, mesh, [batch], 1e-4)
 
 
 def transformers_step(shape: Shape, precision: str, device, experts: str) -> Callable[[], Any]:

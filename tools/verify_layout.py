@@ -29,7 +29,7 @@ from moe_engine.config_cli import load_run
 from moe_engine.data.loader import Batch
 from moe_engine.errors import ConfigError
 from moe_engine.host.console import run_program
-from moe_engine.model.router_losses import router_loss, total_balance, unpack_stats
+from moe_engine.model.router_losses import balance_loss, load_share, z_loss
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
@@ -142,13 +142,13 @@ def reference(model: Model, case: Case) -> Trace:
         batch = global_batch(config, step)
         micros = [cut(batch, i, case.micro_batch) for i in range(0, SEQUENCES, case.micro_batch)]
         outputs = [transformer(m.tokens_BS, m.positions_BS, m.labels_BS) for m in micros]
-        stats = [unpack_stats(packed) for _, packed in outputs]
-        count_NE = sum(s.count_NBE.sum(1) for s in stats)
-        assert isinstance(count_NE, Tensor)
-        load_NE = count_NE / count_NE.sum(1, keepdim=True)
-        aux_values.append(sum(total_balance(config, case.aux, s, load_NE).item() for s in stats) / len(stats))
-        token_losses = sum(loss_T.sum() for loss_T, _ in outputs) / (batch.labels_BS != -100).sum()
-        (token_losses + sum(router_loss(config, s, load_NE) for s in stats) / len(stats)).backward()
+        kinds = zip(*(output.stats for output in outputs))
+        load = [load_share(torch.stack([stats.count_NBE.sum(1) for stats in kind]).sum(0)) for kind in kinds]
+        balance = sum(balance_loss(case.aux, output.stats, load) for output in outputs) / len(outputs)
+        z = sum(z_loss(output.stats) for output in outputs) / len(outputs)
+        token_losses = sum(output.loss_T.sum() for output in outputs) / (batch.labels_BS != -100).sum()
+        (token_losses + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z).backward()
+        aux_values.append(float(balance))
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
         norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), run.optimizer.clip_grad)))
@@ -171,11 +171,13 @@ def finite(error: float) -> float:
 def check_rank(rank: int, run: Run, case: Case, truth: Trace) -> Errors:
     """The engine itself, as launch/pretrain_moe.py runs it, against this rank's slices of the truth."""
     from moe_engine.train.step import accumulate, finish
+    from moe_engine.train.terms import pretraining_terms
     from moe_engine.train.zero import ZeroEngine
 
     mesh = build_mesh(case.dp, case.ep, case.tp)
     transformer = build(run.model, mesh, run.parallel.replicate_attention_experts)
     engine = ZeroEngine(transformer, run, mesh)
+    terms = pretraining_terms(run.model)
     starve_one_expert(iter(engine.routers))
     mine = {name: (p, note_of(p).local_slices()) for name, p in transformer.named_parameters()}
     gradient_error, norm_error, aux_error = 0.0, 0.0, 0.0
@@ -183,15 +185,17 @@ def check_rank(rank: int, run: Run, case: Case, truth: Trace) -> Errors:
         batch, size = global_batch(run.model, step), case.micro_batch
         order = [(a * mesh.data.size + mesh.data.rank) * size for a in range(case.accumulation)]
         micros = [cut(batch, i, size) for i in order]
-        tally = accumulate(engine, run.model, mesh, micros)
+        tally = accumulate(engine, terms, mesh, micros)
         gradients = engine.gradients() if step == 0 else {}
         assert step > 0 or gradients.keys() == truth.gradients.keys()
         for name, gradient in gradients.items():
             gradient_error = max(gradient_error, relative(gradient, truth.gradients[name][mine[name][1]]))
-        report = finish(engine, run.model, mesh, micros, tally, run.optimizer.lr)
+        report = finish(engine, terms, mesh, micros, tally, run.optimizer.lr)
         assert report.skipped is None, report.skipped
         norm_error = max(norm_error, finite(report.grad_norm / truth.norms[step] - 1))
-        aux_error = max(aux_error, finite((report.aux_loss - truth.aux[step]) / (truth.aux[step] or 1.0)))
+        aux_error = max(
+            aux_error, finite((float(report.measures["aux_loss"]) - truth.aux[step]) / (truth.aux[step] or 1.0))
+        )
     weights_error = max(relative(p.detach(), truth.weights[name][at]) for name, (p, at) in mine.items())
     engine.close()
     return Errors(gradient_error, norm_error, aux_error, weights_error)

@@ -25,10 +25,10 @@ from torch.autograd.function import once_differentiable
 
 from moe_engine.config import Model
 from moe_engine.model.attention import Places, document_bias, head_norm, rotate, turns
-from moe_engine.model.moe import Router, bring, depart
-from moe_engine.model.router_losses import pack_stats
+from moe_engine.model.moe import combine_and_unpermute, permute_and_dispatch
+from moe_engine.model.router import Router, Routing
 from moe_engine.ops import grouped_mm
-from moe_engine.parallel.collectives import copy_to, reduce_from
+from moe_engine.parallel.collectives import copy_to
 from moe_engine.parallel.mesh import Axis, Mesh
 from moe_engine.parallel.weight import weight
 
@@ -101,16 +101,19 @@ class AttentionExperts(nn.Module):
     """The experts of this rank, h query heads and a kv head each. Spelled with A experts before ep and tp cut them:
 
     w_q [A, h, C, D], cut {ep, tp}    w_k, w_v [A, C, D], cut {ep}    w_o [A, D, h, C], cut {ep, -, tp}
+
+    replicate: ep does not cut them.
     """
 
-    def __init__(self, config: Model, ep: Axis, tp: Axis):
+    def __init__(self, config: Model, mesh: Mesh, replicate: bool):
         super().__init__()
-        self.tp, experts, hidden, head_dim = tp, config.num_attention_experts, config.hidden_size, config.head_dim
+        self.tp, experts, hidden, head_dim = mesh.tp, config.num_attention_experts, config.hidden_size, config.head_dim
         heads, std = config.num_attention_heads // experts, config.initializer_range
-        self.w_q = weight((experts, heads, head_dim, hidden), cut={0: ep, 1: tp}, std=std)
-        self.w_k = weight((experts, head_dim, hidden), cut={0: ep}, std=std)
-        self.w_v = weight((experts, head_dim, hidden), cut={0: ep}, std=std)
-        self.w_o = weight((experts, hidden, heads, head_dim), cut={0: ep, 2: tp}, std=std)
+        ep = {} if replicate else {0: mesh.ep}
+        self.w_q = weight((experts, heads, head_dim, hidden), cut=ep | {1: mesh.tp}, std=std)
+        self.w_k = weight((experts, head_dim, hidden), cut=ep, std=std)
+        self.w_v = weight((experts, head_dim, hidden), cut=ep, std=std)
+        self.w_o = weight((experts, hidden, heads, head_dim), cut=ep | {2: mesh.tp}, std=std)
         self.count = self.w_k.shape[0]  # under ZeRO 3 a weight has its shape in this module's forward alone
 
     def forward(
@@ -138,33 +141,36 @@ def _grouped(rows_NhC: Tensor, at: Arrangement) -> Tensor:
 class AttentionMoE(nn.Module):
     """Router and attention experts of one layer.
 
-    replicate: every ep rank holds all experts, as dense weights (their axis is not ep), and keeps its tokens.
+    replicate: every ep rank holds all experts, as dense weights, and keeps its tokens: its own ep axis has size 1.
     """
 
     def __init__(self, config: Model, mesh: Mesh, replicate: bool = False):
         super().__init__()
-        self.config, self.tp, self.ep = config, mesh.tp, Axis("whole") if replicate else mesh.ep
-        self.router = Router(config.attention_routing(), mesh)
-        self.experts = AttentionExperts(config, self.ep, mesh.tp)
+        self.config, self.tp, self.ep = config, mesh.tp, Axis("ep") if replicate else mesh.ep
+        experts, top_k = config.num_attention_experts, config.num_attention_experts_per_tok
+        self.router = Router(config, mesh.tp, experts, top_k, config.attention_scaling_factor)
+        self.experts = AttentionExperts(config, mesh, replicate)
         self.q_norm, self.k_norm = head_norm(config, 1, mesh.tp), head_norm(config, 1, mesh.tp)
 
-    def forward(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """x[T/tp, D], normalised -> the layer's contribution [T/tp, D], and the router's stats[B, X]."""
+    def forward(self, x_TD: Tensor, at: Places) -> tuple[Tensor, Routing]:
+        """x[T/tp, D], normalised -> the layer's contribution [T/tp, D], and the routing of these tokens."""
         count, length = at.positions_BS.shape
         sequences = Sequences(self.ep.size * count, length, self.ep.rank * count * length)
         routing = self.router(x_TD)
         ticket_TK3 = self._tickets(routing.weight_TK, at.positions_BS, sequences)
-        flight, home = depart(x_TD, ticket_TK3, routing.index_TK, self.config.num_attention_experts, self.ep, self.tp)
-        stats_BX = reduce_from(member_BT @ pack_stats(*routing[2:], experts=self.config.router_columns), self.tp)
-        rows_MD, ticket_M3 = flight.land()
+        num_experts = self.config.num_attention_experts
+        dispatched, origin = permute_and_dispatch(x_TD, ticket_TK3, routing.index_TK, num_experts, self.ep, self.tp)
+        rows_MD, ticket_M3 = dispatched.wait()
         token_M, position_M = ticket_M3[:, 1:].long().unbind(1)
-        order = arrange(flight.expert_M.long(), token_M, position_M, self.experts.count, sequences, x_TD.dtype)
+        experts = self.experts.count
+        order = arrange(dispatched.expert_M.long(), token_M, position_M, experts, sequences, x_TD.dtype)
         x_ND, weight_N1, position_N1 = (
             _take(rows, order.row_N) for rows in (rows_MD, ticket_M3[:, :1], position_M.unsqueeze(1))
         )
         turn = turns(position_N1, at.inverse_frequency, x_TD.dtype)
         y_ND = self.experts(x_ND, weight_N1, turn, order, [self.q_norm, self.k_norm])
-        return bring(torch.zeros_like(rows_MD).index_copy(0, order.row_N, y_ND), home), stats_BX
+        y_MD = torch.zeros_like(rows_MD).index_copy(0, order.row_N, y_ND)
+        return combine_and_unpermute(y_MD, origin), routing
 
     def _tickets(self, weight_TK: Tensor, positions_BS: Tensor, sequences: Sequences) -> Tensor:
         """What travels with each row, [T/tp, K, 3]: weight, token number on the plane, position. fp32 holds whole

@@ -4,6 +4,8 @@ Between layers a rank holds x[T/tp, D]: the micro-batch's tokens as one flat lis
 replicated over tp and see the rank's own tokens, so their gradients are summed over tp (`copy_to`).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -12,19 +14,31 @@ from moe_engine.model.attention import Attention, Places, inverse_frequencies, p
 from moe_engine.model.attention_moe import AttentionMoE
 from moe_engine.model.loss import vocab_cross_entropy
 from moe_engine.model.mlp import DenseMLP
-from moe_engine.model.moe import Home, MoE, bring
+from moe_engine.model.moe import MoE, Origin
 from moe_engine.model.norm import RMSNorm
 from moe_engine.model.recompute import recomputed
+from moe_engine.model.router import RouterStats, Routing, router_stats
 from moe_engine.parallel.collectives import all_gather, reduce_scatter
 from moe_engine.parallel.linear import ColumnLinear, VocabEmbedding
-from moe_engine.parallel.mesh import Axis, Mesh
+from moe_engine.parallel.mesh import Mesh
 
-Stats = tuple[Tensor, Tensor]
+
+class Output(NamedTuple):
+    """What a forward pass returns.
+
+    loss_T: of each token, fp32, 0 where the label is -100; the same on all tp ranks. -loss_T is log p of the label.
+    routings, attention_routings: of the feed-forward and of the attention routers, in order of layers, for the tokens
+    of this tp rank. stats: their sums by sequence on all tp ranks, one RouterStats for each kind that the model has.
+    """
+
+    loss_T: Tensor
+    routings: tuple[Routing, ...]
+    attention_routings: tuple[Routing, ...]
+    stats: tuple[RouterStats, ...]
 
 
 class Block(nn.Module):
-    """One decoder layer. Returns x[T/tp, D] and the stats[B, X] of its routers: feed-forward, attention; X = 0 where
-    there is none."""
+    """One decoder layer. Returns x[T/tp, D] and the routing of its feed-forward and its attention router, or None."""
 
     def __init__(self, config: Model, mesh: Mesh, layer: int, keep_h: bool = True, replicate: bool = False):
         super().__init__()
@@ -35,25 +49,26 @@ class Block(nn.Module):
         sparse = config.is_moe(layer)
         self.ffn = MoE(config, mesh, keep_h) if sparse else DenseMLP(config, mesh, config.intermediate_size)
 
-    def forward(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Stats]:
-        return self.finish(*self.compute(x_TD, at, member_BT))
+    def forward(self, x_TD: Tensor, at: Places) -> tuple[Tensor, Routing | None, Routing | None]:
+        x_TD, rows, origin, routing, attention_routing = self.compute(x_TD, at)
+        return self.finish(x_TD, rows, origin), routing, attention_routing
 
-    def compute(self, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Tensor, Home | Axis, Stats]:
+    def compute(self, x_TD: Tensor, at: Places) -> tuple[Tensor, Tensor, Origin | None, Routing | None, Routing | None]:
         """What recompute repeats: all but the way of the feed-forward experts' outputs back to their tokens."""
-        h_TD, stats_BX = self.attention_norm(x_TD), member_BT.new_zeros(member_BT.shape[0], 0)
+        h_TD, attention_routing, routing = self.attention_norm(x_TD), None, None
         if isinstance(self.attention, AttentionMoE):
-            y_TD, attention_BX = self.attention(h_TD, at, member_BT)
+            y_TD, attention_routing = self.attention(h_TD, at)
         else:
-            y_TD, attention_BX = self.attention(h_TD, at), stats_BX
+            y_TD = self.attention(h_TD, at)
         x_TD = x_TD + y_TD
         h_TD = self.ffn_norm(x_TD)
         if not isinstance(self.ffn, MoE):
-            return x_TD, self.ffn(h_TD), Axis("here"), (stats_BX, attention_BX)
-        rows, home, shared_TD, stats_BX = self.ffn.through_experts(h_TD, member_BT)
-        return x_TD if shared_TD is None else x_TD + shared_TD, rows, home, (stats_BX, attention_BX)
+            return x_TD, self.ffn(h_TD), None, None, attention_routing
+        rows, origin, shared_TD, routing = self.ffn.compute(h_TD)
+        return x_TD if shared_TD is None else x_TD + shared_TD, rows, origin, routing, attention_routing
 
-    def finish(self, x_TD: Tensor, rows: Tensor, home: Home | Axis, stats: Stats) -> tuple[Tensor, Stats]:
-        return x_TD + bring(rows, home), stats
+    def finish(self, x_TD: Tensor, rows: Tensor, origin: Origin | None) -> Tensor:
+        return x_TD + (self.ffn.finish(rows, origin) if isinstance(self.ffn, MoE) else rows)
 
 
 class Transformer(nn.Module):
@@ -79,47 +94,46 @@ class Transformer(nn.Module):
 
     def forward(
         self, tokens_BS: Tensor, positions_BS: Tensor, labels_BS: Tensor, counted_BS: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The loss of every token and the statistics of every router.
+    ) -> Output:
+        """The loss of every token, and what every router decided.
 
-        tokens_BS, positions_BS, labels_BS int64; counted_BS bool, False for padding that routers must not count.
-        Returns loss_T fp32 (0 where the label is -100; the same on all tp ranks) and stats[N, B, X] of N routers: those
-        of the feed-forward layers in order, then those of attention (see router_losses.by_kind). tp must divide B * S.
+        tokens_BS, positions_BS, labels_BS int64; counted_BS bool, False for padding that the routers' statistics leave
+        out. tp must divide B * S.
         """
-        h_TD, stats = self.hidden(tokens_BS, positions_BS, counted_BS)
+        h_TD, routings, attention_routings = self.hidden(tokens_BS, positions_BS)
         loss_T = vocab_cross_entropy(self.head(h_TD), labels_BS.flatten(), self.tp)
-        return loss_T, stats
+        group_T = self._sequence_of_tokens(tokens_BS, counted_BS)
+        stats = router_stats((routings, attention_routings), group_T, len(tokens_BS), self.tp)
+        return Output(loss_T, routings, attention_routings, stats)
 
     def logits(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """Next-token logits[B * S, V/tp]."""
         return self.head(self.hidden(tokens_BS, positions_BS)[0])
 
     def hidden(
-        self, tokens_BS: Tensor, positions_BS: Tensor, counted_BS: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The normalised output of the last layer for all tokens, h[T, D], and stats[N, B, X]."""
+        self, tokens_BS: Tensor, positions_BS: Tensor
+    ) -> tuple[Tensor, tuple[Routing, ...], tuple[Routing, ...]]:
+        """The normalised output of the last layer for all tokens, h[T, D], and the routings (see Output)."""
         x_TD = reduce_scatter(self.embedding(tokens_BS.flatten()), self.tp)
         self.inverse_frequency = self.inverse_frequency.to(x_TD.device)  # once: such a copy waits for the device
         at = places(positions_BS, self.inverse_frequency, x_TD.dtype)
-        member_BT = self._membership(tokens_BS, counted_BS)
-        pairs = []
+        routings, attention_routings = [], []
         for layer in self.layers:
-            x_TD, pair = self._run(layer, x_TD, at, member_BT)
-            pairs.append(pair)
-        stats = [stats_BX for kind in zip(*pairs, strict=True) for stats_BX in kind if stats_BX.shape[1]]
-        packed = torch.stack(stats) if stats else member_BT.new_zeros(0, tokens_BS.shape[0], 3)
-        return all_gather(self.norm(x_TD), self.tp), packed
+            x_TD, routing, attention_routing = self._run(layer, x_TD, at)
+            routings += [routing] if routing else []
+            attention_routings += [attention_routing] if attention_routing else []
+        return all_gather(self.norm(x_TD), self.tp), tuple(routings), tuple(attention_routings)
 
-    def _membership(self, tokens_BS: Tensor, counted_BS: Tensor | None) -> Tensor:
-        """member[B, T/tp] fp32: 1 where one of this rank's tokens belongs to a sequence and counts."""
+    def _sequence_of_tokens(self, tokens_BS: Tensor, counted_BS: Tensor | None) -> Tensor:
+        """The sequence of each of this rank's tokens [T/tp], -1 where it does not count."""
         sequences, length = tokens_BS.shape
         mine = self.tp.cut(sequences * length)
-        token_T = torch.arange(mine.start, mine.stop, device=tokens_BS.device)
-        member_BT = (token_T // length == torch.arange(sequences, device=token_T.device).unsqueeze(1)).float()
-        return member_BT if counted_BS is None else member_BT * counted_BS.flatten()[mine]
+        sequence_T = torch.arange(mine.start, mine.stop, device=tokens_BS.device) // length
+        return sequence_T if counted_BS is None else sequence_T.masked_fill(~counted_BS.flatten()[mine], -1)
 
-    def _run(self, layer: nn.Module, x_TD: Tensor, at: Places, member_BT: Tensor) -> tuple[Tensor, Stats]:
+    def _run(self, layer: nn.Module, x_TD: Tensor, at: Places) -> tuple[Tensor, Routing | None, Routing | None]:
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return layer(x_TD, at, member_BT)
+            return layer(x_TD, at)
         assert isinstance(layer, Block)
-        return layer.finish(*recomputed(layer.compute, self.recompute, x_TD, at, member_BT))
+        x_TD, rows, origin, routing, attention_routing = recomputed(layer.compute, self.recompute, x_TD, at)
+        return layer.finish(x_TD, rows, origin), routing, attention_routing

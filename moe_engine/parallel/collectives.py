@@ -114,8 +114,8 @@ class _ReduceFrom(torch.autograd.Function):
         return grad, None
 
 
-class Trip:
-    """An all-to-all under way: `rows` is being filled, and is complete in what `wait` returns, once."""
+class PendingRows:
+    """The rows of an all-to-all under way: being filled, and complete in what `wait` returns, once."""
 
     rows: Tensor | None
 
@@ -139,37 +139,37 @@ class Trip:
 
     def wait(self) -> Tensor:
         """The rows that arrived: sum(recv) of them, in the order of the ranks that sent them."""
-        rows, self.rows = self.rows, None  # held on to, they would hold this trip through the graph, and live on
+        rows, self.rows = self.rows, None  # held on to, they would hold this object through the graph, and live on
         assert rows is not None, "these rows have been taken"
-        return rows if self.axis.size == 1 else _Arrive.apply(rows, self)  # pyright: ignore[reportReturnType]
+        return rows if self.axis.size == 1 else _Wait.apply(rows, self)  # pyright: ignore[reportReturnType]
 
 
-class _Leave(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     """The first half. Its backward is the second half of the gradient's trip back, and the other way round: what
     autograd carries from one to the other has the shape that it expects and is not used."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, trip: Trip) -> Tensor:
-        ctx.trip = trip
-        return trip.launch(x, trip.send, trip.recv)
+    def forward(ctx, x: Tensor, pending: PendingRows) -> Tensor:
+        ctx.pending = pending
+        return pending.launch(x, pending.send, pending.recv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, unused: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.trip.finish(), None
+        return ctx.pending.finish(), None
 
 
-class _Arrive(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, trip: Trip) -> Tensor:
-        ctx.trip = trip
-        trip.finish()
+    def forward(ctx, rows: Tensor, pending: PendingRows) -> Tensor:
+        ctx.pending = pending
+        pending.finish()
         return rows.view_as(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.trip.launch(grad, ctx.trip.recv, ctx.trip.send)
+        ctx.pending.launch(grad, ctx.pending.recv, ctx.pending.send)
         return grad, None
 
 
@@ -193,11 +193,11 @@ def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis)  # pyright: ignore[reportReturnType]
 
 
-def start_all_to_all(x: Tensor, send: list[int], recv: list[int], axis: Axis) -> Trip:
+def start_all_to_all(x: Tensor, send: list[int], recv: list[int], axis: Axis) -> PendingRows:
     """Rows leave for their new owners: the first send[0] rows go to rank 0, and so on; recv[i] come from rank i."""
-    trip = Trip(send, recv, axis)
-    trip.rows = x if axis.size == 1 else _Leave.apply(x, trip)  # pyright: ignore[reportAttributeAccessIssue]
-    return trip
+    pending = PendingRows(send, recv, axis)
+    pending.rows = x if axis.size == 1 else _Start.apply(x, pending)  # pyright: ignore[reportAttributeAccessIssue]
+    return pending
 
 
 def all_to_all(x: Tensor, send: list[int], recv: list[int], axis: Axis) -> Tensor:

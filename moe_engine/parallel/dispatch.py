@@ -5,7 +5,7 @@
       all_gather over tp    every tp rank holds a slice of every expert    M = tp * (most rows of a tp rank), padded
     combine is the reverse, for rows alone; the experts' partial sums {tp} are reduce-scattered on the way back.
 
-The two all-to-alls are under way when dispatch returns, so that the caller computes until it lands the flight.
+Both all-to-alls are under way when dispatch returns, so that the caller computes until it waits for the rows.
 
 Sending before gathering puts R rows on the wire; gathering first would send every row tp times between nodes. Which
 rows go where follows from one [ep, tp, E] table of counts: the only host synchronisation of an MoE layer, on its way
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_engine.parallel.collectives import (
-    Trip,
+    PendingRows,
     all_gather,
     all_to_all,
     gather_rows,
@@ -39,26 +39,26 @@ class Route(NamedTuple):
     rows_padded: int  # per tp rank, after padding to the fullest one
 
 
-class Flight:
+class Dispatched:
     """Rows on their way to the experts, with the columns of each.
 
-    expert_M int32: the local expert of each row that will land, 0 .. L-1; L marks padding."""
+    expert_M int32: the local expert of each row that will arrive, 0 .. L-1; L marks padding."""
 
-    def __init__(self, rows: Trip, columns: Trip, expert_M: Tensor, route: Route, tp: Axis):
+    def __init__(self, rows: PendingRows, columns: PendingRows, expert_M: Tensor, route: Route, tp: Axis):
         self.rows, self.columns, self.expert_M, self.route, self.tp = rows, columns, expert_M, route, tp
 
-    def land(self) -> tuple[Tensor, Tensor]:
+    def wait(self) -> tuple[Tensor, Tensor]:
         """rows_MD and columns_MX, when they have arrived."""
         return self._on_plane(self.rows), self._on_plane(self.columns)
 
-    def _on_plane(self, trip: Trip) -> Tensor:
-        rows = trip.wait()
+    def _on_plane(self, pending: PendingRows) -> Tensor:
+        rows = pending.wait()
         if self.tp.size == 1:
             return rows
         return all_gather(F.pad(rows, (0, 0, 0, self.route.rows_padded - rows.shape[0])), self.tp)
 
 
-class Table:
+class Counts:
     """Rows of every expert from every rank of an ep x tp plane, counts[ep, tp, E] int32, on their way to the host.
 
     Made before the rows are put in order, it is there by the time that they are."""
@@ -79,31 +79,31 @@ class Table:
         return self.host
 
 
-def dispatch(rows_RD: Tensor, columns_RX: Tensor, table: Table, ep: Axis, tp: Axis) -> Flight:
-    """Rows leave for the experts of this ep x tp plane; `land` the flight to have those that arrive.
+def dispatch(rows_RD: Tensor, columns_RX: Tensor, counts: Counts, ep: Axis, tp: Axis) -> Dispatched:
+    """Start to send rows to the experts of this ep x tp plane; `wait` returns those that arrive.
 
     rows_RD: sorted by expert. columns_RX: what travels with each row in fp32, its weight first. Rows past this rank's
     counts are dropped.
     """
-    route = _route(rows_RD.shape[0], table, ep, tp)
+    route = _route(rows_RD.shape[0], counts, ep, tp)
     rows = start_all_to_all(rows_RD[: sum(route.send)], route.send, route.recv, ep)
     columns = start_all_to_all(columns_RX[: sum(route.send)], route.send, route.recv, ep)
-    counts = table.here[:, :, ep.cut(table.here.shape[2])]
-    return Flight(rows, columns, _expert_of_row(counts, route.rows_padded), route, tp)
+    mine = counts.here[:, :, ep.cut(counts.here.shape[2])]
+    return Dispatched(rows, columns, _expert_of_row(mine, route.rows_padded), route, tp)
 
 
 def combine(rows_MD: Tensor, route: Route, ep: Axis, tp: Axis) -> Tensor:
-    """The experts' outputs rows_MD{tp}, in the order in which they landed, back to the senders -> rows_RD."""
+    """The experts' outputs rows_MD{tp}, in the order in which they arrived, back to the senders -> rows_RD."""
     rows = reduce_scatter(rows_MD, tp)[: sum(route.recv)]
     rows = all_to_all(rows, route.recv, route.send, ep)
     dropped = route.rows_here - rows.shape[0]
     return F.pad(rows, (0, 0, 0, dropped)) if dropped else rows
 
 
-def _route(rows_here: int, table: Table, ep: Axis, tp: Axis) -> Route:
+def _route(rows_here: int, counts: Counts, ep: Axis, tp: Axis) -> Route:
     if ep.size == tp.size == 1:
         return Route([rows_here], [rows_here], rows_here, rows_here)
-    host = table.read()
+    host = counts.read()
     experts = host.shape[2]
     send = host[ep.rank, tp.rank].view(ep.size, experts // ep.size).sum(1).tolist()
     mine = host[:, :, ep.cut(experts)]  # [source ep, source tp, L]

@@ -10,16 +10,17 @@ So the adapter of what a rank holds of W[out, in] is r * (in + out) of those loc
 expert parameters, reduced over dp; all others are dense, reduced over dp x ep. Arithmetic only: nothing is allocated.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+import math
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from moe_engine.config import Model, Parallel
 from moe_engine.config_report import shown
 from moe_engine.errors import ConfigError
-from moe_engine.sizes import attention_experts_over_tp, heads_per_attention_expert, parameter_counts
+from moe_engine.weights import COMPONENTS, Shape, Weight, active_share, weights_of
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-WHOLE_ON_EVERY_RANK = ("routers", "attention_routers", "norms")
+PROJECTIONS = {"gate_up": ("gate", "up"), "down": ("down",)} | {name: (name,) for name in "qkvo"}  # in a weight
 
 
 class Lora(NamedTuple):
@@ -27,18 +28,6 @@ class Lora(NamedTuple):
 
     rank: int
     targets: tuple[str, ...] = TARGETS
-
-
-class Projection(NamedTuple):
-    """W[rows, columns] of which a model has `copies`; tp cuts `cut`, "rows", "columns" or "neither"."""
-
-    target: str
-    component: str
-    copies: int
-    active: int  # copies that one token visits
-    rows: int
-    columns: int
-    cut: str
 
 
 class Part(NamedTuple):
@@ -110,7 +99,7 @@ def count(
     train. `freeze` stops a component and its adapters, which still count. Components are named as in the table, in the
     singular if you like (`router`). ConfigError for an unknown component or target, one in both lists, and rank < 1.
     """
-    parts = list(base_parts(model, parallel))
+    parts = base_parts(model, parallel)
     names = [part.component for part in parts]
     frozen, trained = known(freeze, "freeze", names), known(train, "train", names)
     if both := frozen & trained:
@@ -131,70 +120,52 @@ def known(names: Collection[str], key: str, valid: list[str]) -> set[str]:
     return {meant[name] for name in names}
 
 
-def base_parts(model: Model, parallel: Parallel) -> Iterator[Part]:
-    """The components of `parameter_counts`; what a token does not visit in full has a count `active_<component>`."""
-    counts = parameter_counts(model)._asdict()
-    for name, parameters in counts.items():
-        if parameters and not name.startswith("active_"):
-            expert = over_ep(name, parallel)
-            here = parameters // (1 if name in WHOLE_ON_EVERY_RANK else parallel.tp)
-            here = attention_experts_over_tp(model, parallel.tp) if name == "attention_experts" else here
-            active = counts.get(f"active_{name}", parameters)
-            yield Part(name, False, parameters, active, here // (parallel.ep if expert else 1), expert, True)
-
-
-def over_ep(component: str, parallel: Parallel) -> bool:
-    """Whether a component is experts' weights, cut over ep and reduced over dp."""
-    return component == "experts" or (component == "attention_experts" and not parallel.replicate_attention_experts)
+def base_parts(model: Model, parallel: Parallel) -> list[Part]:
+    """The components that a model has."""
+    parts: dict[str, Part] = {}
+    for weight in weights_of(model, parallel.replicate_attention_experts):
+        here = math.prod(weight.on_rank(parallel))
+        _add(parts, weight, model, weight.parameters, here, adapter=False)
+    return [parts[component] for component in COMPONENTS if component in parts]
 
 
 def adapter_parts(model: Model, parallel: Parallel, lora: Lora) -> list[Part]:
-    """The adapters of each component that has some."""
+    """The adapters of each component that has some: attention and feed-forward, not embedding, head and routers."""
     if lora.rank < 1:
         raise ConfigError(f"lora rank: found {lora.rank}, expected 1 or more (leave it out for no adapters)")
     for target in lora.targets:
         if target not in TARGETS:
             raise ConfigError(f"lora targets: found {shown(target)}, expected some of {','.join(TARGETS)}")
     parts: dict[str, Part] = {}
-    for weight in projections(model):
-        if weight.target in lora.targets:
-            expert = over_ep(weight.component, parallel)
-            one = lora.rank * (weight.rows + weight.columns)
-            cut = {"rows": weight.rows, "columns": weight.columns, "neither": 0}[weight.cut]
-            local = one - lora.rank * (cut - cut // parallel.tp)
-            here = weight.copies // parallel.ep if expert else weight.copies
-            was = parts.get(weight.component, Part(weight.component, True, 0, 0, 0, expert, True))
-            parts[weight.component] = was._replace(
-                parameters=was.parameters + weight.copies * one,
-                active=was.active + weight.active * one,
-                rank=was.rank + here * local,
-            )
+    for weight in weights_of(model, parallel.replicate_attention_experts):
+        chosen = [target for target in PROJECTIONS.get(stem(weight), ()) if target in lora.targets]
+        if chosen:
+            whole, here = (adapter_size(weight, shape, lora) for shape in (weight.shape, weight.on_rank(parallel)))
+            _add(parts, weight, model, len(chosen) * whole, len(chosen) * here, adapter=True)
     return list(parts.values())
 
 
-def projections(model: Model) -> Iterator[Projection]:
-    """Every matrix that an adapter can sit on: attention and feed-forward, not embedding, head and routers."""
-    d, layers, sparse = model.hidden_size, model.num_hidden_layers, model.num_moe_layers
-    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    routed = model.num_attention_moe_layers
-    if dense := layers - routed:
-        for target, rows in (("q", queries), ("k", keys), ("v", keys)):
-            yield Projection(target, "attention", dense, dense, rows, d, "rows")
-        yield Projection("o", "attention", dense, dense, d, queries, "columns")
-    if routed:
-        all_, chosen = routed * model.num_attention_experts, routed * model.num_attention_experts_per_tok
-        queries = heads_per_attention_expert(model) * model.head_dim
-        yield Projection("q", "attention_experts", all_, chosen, queries, d, "rows")
-        for target in ("k", "v"):
-            yield Projection(target, "attention_experts", all_, chosen, model.head_dim, d, "neither")
-        yield Projection("o", "attention_experts", all_, chosen, d, queries, "columns")
-    chosen = sparse * model.num_experts_per_tok
-    for component, copies, active, width in (
-        ("dense_mlp", layers - sparse, layers - sparse, model.intermediate_size),
-        ("shared_experts", sparse, sparse, model.shared_intermediate_size),
-        ("experts", sparse * model.num_local_experts, chosen, model.moe_intermediate_size),
-    ):
-        if copies and width:
-            for target in ("gate", "up"):
-                yield Projection(target, component, copies, active, width, d, "rows")
-            yield Projection("down", component, copies, active, d, width, "columns")
+def stem(weight: Weight) -> str:
+    """`q` of layers.0.attention.q.weight and of layers.0.attention.experts.w_q."""
+    return weight.name.removesuffix(".weight").rpartition(".")[2].removeprefix("w_")
+
+
+def adapter_size(weight: Weight, shape: Shape, lora: Lora) -> int:
+    """Parameters of the adapters on one projection in a weight of `shape`: r * (in + out) for each expert."""
+    numbered = weight.component in ("experts", "attention_experts")
+    experts, sides = (shape[0], shape[1:]) if numbered else (1, shape)
+    if stem(weight) == "gate_up":
+        sides = sides[1:]
+    inner = math.prod(sides[1:]) if stem(weight) == "o" else sides[-1]
+    return experts * lora.rank * (math.prod(sides) // inner + inner)
+
+
+def _add(parts: dict[str, Part], weight: Weight, model: Model, parameters: int, here: int, adapter: bool) -> None:
+    """Count a weight, or its adapters, under its component."""
+    chosen, of = active_share(model, weight.component)
+    was = parts.get(weight.component, Part(weight.component, adapter, 0, 0, 0, weight.expert, True))
+    parts[weight.component] = was._replace(
+        parameters=was.parameters + parameters,
+        active=was.active + parameters // of * chosen,
+        rank=was.rank + here,
+    )

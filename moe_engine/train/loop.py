@@ -41,6 +41,7 @@ from moe_engine.train.peak import peak_flops
 from moe_engine.train.schedule import learning_rate
 from moe_engine.train.state import load_state, load_weights, save_state
 from moe_engine.train.step import StepReport, evaluate, train_step
+from moe_engine.train.terms import Term, pretraining_terms
 from moe_engine.train.zero import ZeroEngine
 
 MAX_SKIPPED = 5  # skipped steps in a row that stop a run
@@ -53,6 +54,7 @@ class Trainer(NamedTuple):
     mesh: Mesh
     device: torch.device
     engine: ZeroEngine
+    terms: tuple[Term, ...]
     loader: Loader
     held_out: list[OpenDomain]
     saver: Saver
@@ -93,9 +95,8 @@ def build(
         background=run.train.async_save,
         beat=partial(beat, 0, "writing a checkpoint"),
     )
-    return Trainer(
-        run, mesh, device, ZeroEngine(model, run, mesh), loader, held_out, saver, log, requests or Requests(), beat
-    )
+    engine, terms = ZeroEngine(model, run, mesh), pretraining_terms(run.model, loader.domains)
+    return Trainer(run, mesh, device, engine, terms, loader, held_out, saver, log, requests or Requests(), beat)
 
 
 def fit(trainer: Trainer) -> None:
@@ -118,16 +119,18 @@ def fit(trainer: Trainer) -> None:
     peak = peak_flops(trainer.device, dtype, trainer.mesh)
     if wishes(trainer).stop:
         raise Preempted("told to stop before the first step; nothing was to be saved")
+    minimised = [term.name for term in trainer.terms if term.coefficient]
     skipped, start_time = 0, time.perf_counter()
     for step in range(start, run.train.steps):
         trainer.beat(step + 1, "training")
         began = time.perf_counter()
         batches = [to_device(batch, trainer.device) for batch in trainer.loader.next_step()]
         lr = learning_rate(step, run.train.steps, run.optimizer)
-        report = train_step(trainer.engine, run.model, trainer.mesh, batches, lr, len(trainer.loader.domains))
+        bias_rate = run.model.expert_bias_update_rate
+        report = train_step(trainer.engine, trainer.terms, trainer.mesh, batches, lr, bias_rate)
         seconds = time.perf_counter() - began
         tokens_seen += run.train.global_batch * run.train.seq_length
-        log.step(row(trainer, step + 1, report, lr, seconds, peak, tokens_seen))
+        log.step(row(trainer, step + 1, report, lr, seconds, peak, tokens_seen), minimised)
         skipped = skipped + 1 if report.skipped else 0
         if report.skipped:
             log.warn(f"step {step + 1} skipped ({skipped} in a row), {report.skipped}")
@@ -171,29 +174,36 @@ def row(
     run = trainer.run
     tokens = run.train.global_batch * run.train.seq_length
     flops = tokens * step_flops_per_token(run.model, run.train.seq_length)
-    extra: dict[str, Any] = {"skipped": report.skipped} if report.skipped else {}
-    if layers := [i for i in range(run.model.num_hidden_layers) if run.model.is_attention_moe(i)]:
-        extra |= {"attention_moe_layers": layers, "attention_load": report.attention_load_NE.tolist()}
-    domains = dict(zip(trainer.loader.domains, report.domain_loss_D.tolist(), strict=True))
+    layers = range(run.model.num_hidden_layers)
+    kinds = {
+        "moe_layers": [i for i in layers if run.model.is_moe(i)],
+        "attention_moe_layers": [i for i in layers if run.model.is_attention_moe(i)],
+    }
     return {
         "step": step,
         "loss": report.loss,
-        "lm_loss": report.lm_loss,
-        "aux_loss": report.aux_loss,
-        "aux_loss_hf": report.aux_loss_hf,
-        "z_loss": report.z_loss,
+        **nested({name: value.tolist() for name, value in report.measures.items()}),
         "grad_norm": report.grad_norm,
         "lr": lr,
         "tokens": tokens_seen,
-        "labelled_tokens": report.tokens,
         "tokens_per_s": tokens / seconds,
         "mfu": flops / seconds / (peak * trainer.mesh.world.size),
         "step_s": seconds,
-        "domain_loss": {name: loss for name, loss in domains.items() if not math.isnan(loss)},
-        "moe_layers": [i for i in range(run.model.num_hidden_layers) if run.model.is_moe(i)],
-        "expert_load": report.load_NE.tolist(),
-        "dropped": [int(n) for n in report.dropped_N.tolist()],
-    } | extra
+        **{name: found for name, found in kinds.items() if found},
+        **({"skipped": report.skipped} if report.skipped else {}),
+    }
+
+
+def nested(measures: dict[str, Any]) -> dict[str, Any]:
+    """Measures called NAME/KEY as mappings NAME; an entry of which nothing was counted, which is nan, is left out."""
+    out: dict[str, Any] = {}
+    for name, value in measures.items():
+        name, slash, key = name.partition("/")
+        if not slash:
+            out[name] = value
+        elif not math.isnan(value):
+            out.setdefault(name, {})[key] = value
+    return out
 
 
 def resume(trainer: Trainer) -> tuple[int, int]:

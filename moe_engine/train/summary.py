@@ -17,7 +17,7 @@ def write_summary(out: Path) -> list[str]:
     lines = ["", f"loss at step {last['step']}: {number(last['lm_loss'])} nats per token (training)"]
     if held_out:
         lines.append("held-out loss: " + " -> ".join(number(row["loss"]) for row in held_out) + " nats per token")
-    if last["expert_load"]:
+    if last.get("expert_load"):
         lines += ["", *expert_load_table(last["expert_load"], last["moe_layers"]).splitlines()]
     return [
         *lines,

@@ -71,7 +71,9 @@ class ZeroEngine:
             eps=run.optimizer.eps,
             fused=True,
         )
-        carrier = _Carrier(model, run.model.router_columns if self.by_expert else 0)
+        carrier = _Carrier(
+            model, max(run.model.num_local_experts, run.model.num_attention_experts) if self.by_expert else 0
+        )
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures
             self.engine: Any = deepspeed.initialize(
                 model=carrier,

@@ -66,7 +66,7 @@ def _add(
     down = {i: model.get_submodule(f"layers.{i}.ffn.down") for i in range(layers)}
     ffn = {i: model.get_submodule(f"layers.{i}.ffn") for i in range(layers)}
     with torch.enable_grad(), _differentiable(model), inputs_of(down) as h, inputs_of(ffn) as x:
-        loss_T, _ = model(batch.tokens_BS, batch.positions_BS, batch.labels_BS)
+        loss_T = model(batch.tokens_BS, batch.positions_BS, batch.labels_BS).loss_T
         grads = torch.autograd.grad(loss_T.sum(), [h[i] for i in range(layers)])
     valid_T = batch.labels_BS.flatten() != IGNORED
     for layer, grad_TF in enumerate(grads):

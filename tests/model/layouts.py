@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from moe_engine.config import Model
-from moe_engine.model.router_losses import router_loss, unpack_stats
-from moe_engine.model.transformer import Transformer
+from moe_engine.model.router_losses import balance_loss, z_loss
+from moe_engine.model.transformer import Output, Transformer
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import initialise, note_of
 
@@ -25,8 +25,14 @@ def batch(vocab_size: int, sequences: int = 8) -> tuple[Tensor, Tensor, Tensor]:
 
 def objective(model: Transformer, inputs: list[Tensor]) -> Tensor:
     """Sum of token losses plus the router losses, weighted by the tokens."""
-    loss_T, packed = model(*inputs)
-    return loss_T.sum() + loss_T.numel() * router_loss(model.config, unpack_stats(packed))
+    output = model(*inputs)
+    return output.loss_T.sum() + output.loss_T.numel() * router_loss(model.config, output)
+
+
+def router_loss(config: Model, output: Output) -> Tensor:
+    """Balancing loss and z-loss with their coefficients."""
+    balance = balance_loss(config.router_aux_loss, output.stats)
+    return config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss(output.stats)
 
 
 def compare(config: Model, layout: tuple[int, int, int], recompute: str = "none", **options: bool) -> None:

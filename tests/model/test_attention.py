@@ -95,13 +95,13 @@ def test_packed_documents_equal_each_document_alone(lengths: tuple[int, ...], ex
     draw = torch.Generator().manual_seed(4)
     tokens, labels = torch.randint(60, (2, 1, sum(lengths)), generator=draw)
     positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    packed, _ = model(tokens, positions, labels)
+    packed = model(tokens, positions, labels).loss_T
     packed.sum().backward()
     together = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     alone = []
     for part, label in zip(tokens.split(lengths, 1), labels.split(lengths, 1)):
-        loss, _ = model(part, torch.arange(part.shape[1]).unsqueeze(0), label)
+        loss = model(part, torch.arange(part.shape[1]).unsqueeze(0), label).loss_T
         loss.sum().backward()
         alone.append(loss.detach())
     torch.testing.assert_close(packed.detach(), torch.cat(alone), atol=1e-5, rtol=1e-5)

@@ -11,12 +11,12 @@ from torch import Tensor
 from moe_engine.config import Model
 from moe_engine.model.attention import inverse_frequencies, places, rotate, turns
 from moe_engine.model.attention_moe import AttentionMoE
-from moe_engine.model.router_losses import balance_loss, by_kind, router_loss, total_balance, unpack_stats
+from moe_engine.model.router_losses import balance_loss
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise
-from tests.model.layouts import batch, compare
+from tests.model.layouts import batch, compare, router_loss
 
 SIZES = dict(
     vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=16,
@@ -74,8 +74,8 @@ def test_output_and_gradients_equal_the_loop(changes: dict, starved: tuple[int, 
     attention.router.weight.data[list(starved), 0] = -100.0
     at = places(positions, inverse_frequencies(config), torch.float64)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
-    y, stats = attention(leaves[0].flatten(0, 1), at, torch.eye(3).double().repeat_interleave(17, 1))
-    count_E = unpack_stats(stats.unsqueeze(0)).count_NBE.sum((0, 1))
+    y, routing = attention(leaves[0].flatten(0, 1), at)
+    count_E = torch.bincount(routing.chosen_TK.flatten(), minlength=config.num_attention_experts)
     assert [e for e, count in enumerate(count_E.tolist()) if not count] == list(starved)
     y.backward(upstream.flatten(0, 1))
     ours = [leaves[0].grad, *(p.grad for p in attention.parameters())]
@@ -109,7 +109,7 @@ def test_all_experts_with_equal_weights_are_dense_attention(experts: int, dtype:
     x = torch.randn(51, 32, generator=torch.Generator().manual_seed(2), dtype=dtype)
     at = places(positions, inverse_frequencies(config), dtype)
     truth = dense(x, at).detach()
-    y = sparse(x, at, torch.ones(1, 51, dtype=dtype))[0].detach()
+    y = sparse(x, at)[0].detach()
     assert float((y - truth).norm() / truth.norm()) < close
 
 
@@ -134,8 +134,8 @@ def test_recompute_changes_nothing(recompute: str, dtype: torch.dtype):
         model = Transformer(config, Mesh(), how).to(dtype)
         initialise(model, 0)
         torch.manual_seed(3)  # jitter
-        loss_T, packed = model(*batch(60))
-        (loss_T.mean() + router_loss(config, unpack_stats(packed))).backward()
+        output = model(*batch(60))
+        (output.loss_T.mean() + router_loss(config, output)).backward()
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     for ours, truth in zip(gradients(recompute), gradients("none"), strict=True):
@@ -147,16 +147,16 @@ def test_router_losses_are_means_of_each_kind():
     config = Model(**SIZES, **MIXED | {"num_attention_experts_per_tok": 3})
     model = Transformer(config, Mesh())
     initialise(model, 0)
-    stats = unpack_stats(model(*batch(60))[1])
-    assert stats.prob_NBE.shape == (4, 8, 8) and not stats.prob_NBE[2:, :, 4:].any()
-    (k, ffn, _), (attention_k, attention, _) = by_kind(config, stats)
-    assert (k, attention_k) == (2, 3) and attention.count_NBE.shape == (2, 8, 4)
-    for part, chosen in ((ffn, 2), (attention, 3)):  # nothing is lost in the cut: 8 sequences of 12 tokens
-        assert part.count_NBE.sum(-1).tolist() == [[chosen * 12.0] * 8] * 2
+    output = model(*batch(60))
+    ffn, attention = output.stats
+    assert (ffn.top_k, attention.top_k) == (2, 3)
+    assert ffn.count_NBE.shape == (2, 8, 8) and attention.count_NBE.shape == (2, 8, 4)
+    for part in (ffn, attention):  # 8 sequences of 12 tokens
+        assert part.count_NBE.sum(-1).tolist() == [[part.top_k * 12.0] * 8] * 2
         torch.testing.assert_close(part.prob_NBE.sum(-1), torch.full((2, 8), 12.0))
-    for name, values in (("micro_batch", (2, 3)), ("hf_mixtral", (2, 3))):
-        wanted = balance_loss(name, ffn, values[0]) + balance_loss(name, attention, values[1])
-        torch.testing.assert_close(total_balance(config, name, stats), wanted)
+    for name in ("micro_batch", "hf_mixtral"):
+        wanted = balance_loss(name, [ffn]) + balance_loss(name, [attention])
+        torch.testing.assert_close(balance_loss(name, output.stats), wanted)
 
 
 def test_an_expert_sees_its_own_tokens_alone():
@@ -169,5 +169,5 @@ def test_an_expert_sees_its_own_tokens_alone():
     at = places(torch.arange(12).unsqueeze(0), inverse_frequencies(config), torch.float64)
     changed = x.clone()
     changed[3, 4:] += 1.0  # a token of expert 1
-    before, after = (attention(t, at, torch.ones(1, 12).double())[0] for t in (x, changed))
+    before, after = (attention(t, at)[0] for t in (x, changed))
     assert ((before - after).abs().amax(1) > 1e-9).nonzero().flatten().tolist() == [3, 6, 10]

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_engine.config import Model
-from moe_engine.model.moe import MoE, Router
-from moe_engine.parallel.collectives import Trip
+from moe_engine.model.moe import MoE
+from moe_engine.model.router import RouterStats, Routing, router_stats
+from moe_engine.parallel.collectives import PendingRows
 from moe_engine.parallel.local_ranks import run_on_ranks
-from moe_engine.parallel.mesh import Mesh, build_mesh
+from moe_engine.parallel.mesh import Axis, Mesh, build_mesh
 from moe_engine.parallel.weight import initialise, note_of
 
 EXPERTS, HIDDEN = 8, 16
@@ -35,6 +36,13 @@ def layer(model: Model, mesh: Mesh | None = None, dtype: torch.dtype = torch.flo
 
 def tokens(count: int, seed: int = 1) -> Tensor:
     return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def stats_of(routing: Routing, group_T: Tensor | None = None, groups: int = 1, tp: Axis | None = None) -> RouterStats:
+    """The statistics of one layer; of all tokens together unless they are in groups."""
+    group_T = torch.zeros(len(routing.lse_T), dtype=torch.int64) if group_T is None else group_T
+    (stats,) = router_stats([[routing]], group_T, groups, tp or Axis("tp"))
+    return stats
 
 
 def route_by_loop(model: Model, probs_TE: Tensor, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
@@ -99,7 +107,7 @@ def test_output_and_gradients_equal_the_loop(case: str):
         moe.router.expert_bias.copy_(torch.linspace(-0.3, 0.3, EXPERTS))
     x, upstream = tokens(37), tokens(37, seed=2)
     mine = x.clone().requires_grad_()
-    y, _ = moe(mine, torch.ones(1, 37))
+    y, _ = moe(mine)
     y.backward(upstream)
     ours = [mine.grad, *(p.grad for p in moe.parameters())]
     moe.zero_grad()
@@ -115,7 +123,7 @@ def test_output_and_gradients_equal_the_loop(case: str):
 
 
 def test_ties_go_to_the_lowest_index():
-    router = Router(config(num_experts_per_tok=3), Mesh())
+    router = layer(config(num_experts_per_tok=3)).router
     torch.nn.init.zeros_(router.weight)
     routing = router(tokens(5))
     assert routing.index_TK.tolist() == [[0, 1, 2]] * 5
@@ -138,17 +146,17 @@ def test_capacity_drops_exactly_the_later_tokens(factor: float, count: int):
     assert dropped > 0 or factor >= 1.3 or count == 1
     dense = torch.zeros(count, EXPERTS + 1).scatter_add(1, routing.index_TK.long(), routing.weight_TK)[:, :EXPERTS]
     torch.testing.assert_close(dense, weight)
-    _, stats = moe(x, torch.ones(1, count))
-    assert stats[0, -2] == dropped
+    stats = stats_of(moe(x)[1])
+    assert stats.dropped_NB.item() == dropped
     wanted = torch.zeros(count, EXPERTS).scatter(1, routing.chosen_TK.long(), 1.0).sum(0)
-    assert torch.equal(stats[0, EXPERTS : 2 * EXPERTS], wanted)  # the load is what the router asked for, drops included
+    assert torch.equal(stats.count_NBE[0, 0], wanted)  # the load is what the router asked for, drops included
 
 
 def test_dropped_token_passes_nothing_and_gets_no_gradient():
     moe = layer(config(capacity_factor=0.5, num_experts_per_tok=1))
     x = tokens(1).expand(16, HIDDEN).clone().requires_grad_()  # all want one expert; room for one token
-    y, stats = moe(x, torch.ones(1, 16))
-    assert stats[0, -2] == 15 and (y[1:] == 0).all() and (y[0] != 0).any()
+    y, routing = moe(x)
+    assert routing.dropped_T.sum() == 15 and (y[1:] == 0).all() and (y[0] != 0).any()
     y.sum().backward()
     assert x.grad is not None and (x.grad[1:] == 0).all()
 
@@ -158,8 +166,8 @@ def test_jitter_moves_the_router_alone_and_in_training_alone():
     plain = layer(config())
     x = tokens(200)
     moe.eval()
-    truth, _ = plain(x, torch.ones(1, 200))
-    assert torch.equal(moe(x, torch.ones(1, 200))[0], truth)
+    truth, _ = plain(x)
+    assert torch.equal(moe(x)[0], truth)
     moe.train()
     torch.manual_seed(7)
     noisy = moe.router(x)
@@ -167,8 +175,8 @@ def test_jitter_moves_the_router_alone_and_in_training_alone():
     factor = torch.empty(200, HIDDEN).uniform_(0.7, 1.3)
     torch.testing.assert_close(noisy.probs_TE, F.linear(x * factor, moe.router.weight).softmax(-1))
     torch.manual_seed(7)
-    y, _ = moe(x, torch.ones(1, 200))  # experts see x itself under the noisy routing
-    torch.testing.assert_close(y, moe_by_loop(moe, moe.router.config, x, noisy.probs_TE), atol=1e-5, rtol=1e-5)
+    y, _ = moe(x)  # experts see x itself under the noisy routing
+    torch.testing.assert_close(y, moe_by_loop(moe, config(), x, noisy.probs_TE), atol=1e-5, rtol=1e-5)
     assert not torch.equal(noisy.probs_TE, plain.router(x).probs_TE)
 
 
@@ -194,30 +202,28 @@ def test_router_decides_in_fp32_under_bf16():
     assert routing.probs_TE.dtype == routing.weight_TK.dtype == torch.float32
     wanted = (x.double() @ moe.router.weight.double().T).softmax(-1)
     torch.testing.assert_close(routing.probs_TE.double(), wanted, atol=1e-6, rtol=1e-5)
-    y, stats = moe(x, torch.ones(1, 64))
-    assert y.dtype == torch.bfloat16 and stats.dtype == torch.float32
+    assert moe(x)[0].dtype == torch.bfloat16
 
 
 def test_expert_without_tokens_gets_zero_gradient_not_none():
     moe = layer(config(expert_bias_update_rate=0.1))
     assert moe.router.expert_bias is not None
     moe.router.expert_bias[3] = -10.0
-    y, _ = moe(tokens(20), torch.ones(1, 20))
+    y, _ = moe(tokens(20))
     y.sum().backward()
     for p in moe.experts.parameters():
         assert p.grad is not None and (p.grad[3] == 0).all() and (p.grad[[0, 1, 2, 4, 5, 6, 7]] != 0).any()
 
 
-def test_membership_sums_tokens_per_sequence():
+def test_statistics_sum_tokens_per_sequence():
     moe, x = layer(config()), tokens(12)
-    member = torch.zeros(2, 12)
-    member[0, :5] = member[1, 5:10] = 1  # the last two are padding
-    _, stats = moe(x, member)
-    for row, part in zip(stats, (slice(0, 5), slice(5, 10))):
+    group = torch.tensor([0] * 5 + [1] * 5 + [-1, 2])  # the last two are of no sequence
+    stats = stats_of(moe(x)[1], group, 2)
+    for row, part in enumerate((slice(0, 5), slice(5, 10))):
         routing = moe.router(x[part])
-        torch.testing.assert_close(row[:EXPERTS], routing.probs_TE.sum(0))
+        torch.testing.assert_close(stats.prob_NBE[0, row], routing.probs_TE.sum(0))
         counts = torch.bincount(routing.index_TK.flatten(), minlength=EXPERTS)
-        assert row[EXPERTS : 2 * EXPERTS].tolist() == counts.tolist() and row[-1] == 5
+        assert stats.count_NBE[0, row].tolist() == counts.tolist() and stats.tokens_NB[0, row] == 5
 
 
 @pytest.mark.parametrize("shared", [0, 12])
@@ -232,15 +238,15 @@ def test_layouts_equal_one_process(dp: int, ep: int, tp: int, shared: int):
         world = dp * ep * tp
         x, upstream = tokens(8 * world), tokens(8 * world, seed=2)
         leaf = x.clone().requires_grad_()
-        y, _ = whole(leaf, torch.ones(1, 8 * world))
+        y, _ = whole(leaf)
         y.backward(upstream)
         here = mesh.world.cut(8 * world)
         mine = x[here].clone().requires_grad_()
-        ours, stats = part(mine, torch.ones(1, 8))
+        ours, routing = part(mine)
         ours.backward(upstream[here])
         torch.testing.assert_close(ours, y[here], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(mine.grad, leaf.grad[here], atol=1e-5, rtol=1e-5)
-        assert stats[0, -1] == 8 * tp  # complete over tp
+        assert stats_of(routing, tp=mesh.tp).tokens_NB.item() == 8 * tp  # complete over tp
         for p, q in zip(part.parameters(), whole.parameters(), strict=True):
             axis = mesh.dp if note_of(p).expert else mesh.data
             grad = p.grad.clone()
@@ -257,12 +263,14 @@ def test_capacity_is_that_of_each_rank(ep: int, tp: int):
 
     def on_rank(rank: int) -> None:
         model = config(capacity_factor=0.5)
-        whole, part = layer(model), layer(model, build_mesh(1, ep, tp))
+        mesh = build_mesh(1, ep, tp)
+        whole, part = layer(model), layer(model, mesh)
         leaves = [tokens(16, seed=rank).requires_grad_() for _ in range(2)]
-        (y, stats), (truth, alone) = (moe(x, torch.ones(1, 16)) for moe, x in zip((part, whole), leaves, strict=True))
+        (y, routing), (truth, alone) = (moe(x) for moe, x in zip((part, whole), leaves, strict=True))
         (y * tokens(16, seed=9)).sum().backward()
         (truth * tokens(16, seed=9)).sum().backward()
-        assert alone[0, -2] > 0 and (tp > 1) == bool(stats[0, -2] > alone[0, -2])
+        dropped, here = float(stats_of(routing, tp=mesh.tp).dropped_NB), float(alone.dropped_T.sum())
+        assert here > 0 and (tp > 1) == (dropped > here)
         torch.testing.assert_close(y, truth, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(leaves[0].grad, leaves[1].grad, atol=1e-5, rtol=1e-5)
 
@@ -288,7 +296,7 @@ def test_over_tp_alone_each_token_travels_once():
     def on_rank(rank: int) -> None:
         moe = layer(config(num_experts_per_tok=3), build_mesh(1, 1, 2))
         with Gathered() as gathered:
-            moe(tokens(8), torch.ones(1, 8))
+            moe(tokens(8))
         assert sorted(gathered.sizes) == [16 * 3, 16 * 3, 16 * HIDDEN]
 
     run_on_ranks(on_rank, 2)
@@ -300,17 +308,17 @@ def test_shared_expert_and_order_of_rows_are_computed_while_rows_travel():
     def on_rank(rank: int) -> None:
         moe = layer(config(shared_intermediate_size=12), build_mesh(1, 2, 1))
         assert moe.shared is not None
-        trips: list[Trip] = []
-        make, order, seen = Trip.__init__, moe.experts.order, []
+        pending: list[PendingRows] = []
+        make, order, seen = PendingRows.__init__, moe.experts.order, []
 
         def look(*_: object) -> None:
-            seen.append([trip.under_way is not None for trip in trips])
+            seen.append([rows.under_way is not None for rows in pending])
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Trip, "__init__", lambda trip, *args: (trips.append(trip), make(trip, *args))[1])
+            patch.setattr(PendingRows, "__init__", lambda rows, *args: (pending.append(rows), make(rows, *args))[1])
             patch.setattr(moe.experts, "order", lambda index_TK: (look(), order(index_TK))[1])
             moe.shared.register_forward_hook(look)
-            moe(tokens(8), torch.ones(1, 8))
+            moe(tokens(8))
         assert seen == [[True, True]] * 2
 
     run_on_ranks(on_rank, 2)

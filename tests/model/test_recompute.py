@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_engine.config import Model
-from moe_engine.model.router_losses import router_loss, unpack_stats
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import initialise
+from tests.model.layouts import router_loss
 
 LAYERS = 3
 CONFIG = Model(
@@ -45,11 +45,11 @@ def once(
     positions = torch.arange(16).expand(2, 16)
     torch.manual_seed(3)  # jitter
     with Calls() as calls:
-        loss_T, packed = model(tokens, positions, labels)
-        (loss_T.mean() + router_loss(config, unpack_stats(packed))).backward()
+        output = model(tokens, positions, labels)
+        (output.loss_T.mean() + router_loss(config, output)).backward()
     return (
-        loss_T.detach(),
-        packed.detach(),
+        output.loss_T.detach(),
+        output.stats[0].prob_NBE.detach(),
         {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
         calls.count,
     )
@@ -85,8 +85,8 @@ def test_routing_survives_a_second_pass_that_would_choose_otherwise(recompute: s
     model = Transformer(config, Mesh(), recompute)
     initialise(model, 0)
     tokens = torch.tensor([[7]])  # one token: two experts of each layer, and the other two after the change
-    loss_T, packed = model(tokens, torch.zeros_like(tokens), tokens)
-    used_NE = unpack_stats(packed).count_NBE.sum(1)
+    loss_T, *_, (stats,) = model(tokens, torch.zeros_like(tokens), tokens)
+    used_NE = stats.count_NBE.sum(1)
     for layer in (0, 2):
         model.layers[layer].ffn.router.weight.data.neg_()
     loss_T.sum().backward()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_engine.config import Model
-from moe_engine.model.router_losses import RouterStats, balance_loss, pack_stats, router_loss, unpack_stats, z_loss
+from moe_engine.model.router import RouterStats, Routing, router_stats
+from moe_engine.model.router_losses import balance_loss, z_loss
+from moe_engine.parallel.mesh import Axis
 
 LAYERS, SEQUENCES, LENGTH, EXPERTS, K = 3, 4, 6, 5, 2
 NAMES = ("micro_batch", "sequence", "global_batch", "layerwise", "hf_mixtral", "deepspeed_top2")
@@ -21,21 +22,24 @@ def chosen(logits: Tensor, k: int = K) -> Tensor:
     return logits.softmax(-1).topk(k, -1).indices
 
 
-def stats_of(logits: Tensor, index: Tensor, counted: Tensor | None = None) -> RouterStats:
-    """What the model hands over: packed columns of every token, summed per sequence."""
+def routing_of(logits_TE: Tensor, index_TK: Tensor) -> Routing:
+    """What a router returns that chose index_TK; weights are no part of the statistics."""
+    lse_T, none = logits_TE.logsumexp(-1), torch.empty(0)
+    return Routing(logits_TE, logits_TE.softmax(-1), lse_T, index_TK, index_TK, none, torch.zeros_like(lse_T))
+
+
+def stats_of(logits: Tensor, index: Tensor, counted: Tensor | None = None) -> tuple[RouterStats, ...]:
+    """What the model hands over: the routings of all layers, summed per sequence."""
     layers, sequences, length, _ = logits.shape
-    rows = []
-    for layer in range(layers):
-        flat = logits[layer].flatten(0, 1)
-        columns = pack_stats(index[layer].flatten(0, 1), flat.softmax(-1), flat.logsumexp(-1).square(), flat[:, 0] * 0)
-        member = torch.eye(sequences).repeat_interleave(length, 1).to(flat)
-        rows.append((member if counted is None else member * counted.flatten()) @ columns)
-    return unpack_stats(torch.stack(rows))
+    group = torch.arange(sequences).repeat_interleave(length)
+    group = group if counted is None else group.masked_fill(counted.flatten() == 0, -1)
+    routings = [routing_of(logits[i].flatten(0, 1), index[i].flatten(0, 1)) for i in range(layers)]
+    return router_stats([routings], group, sequences, Axis("tp"))
 
 
-def load_of(index: Tensor, experts: int) -> Tensor:
+def load_of(index: Tensor, experts: int) -> list[Tensor]:
     count = torch.stack([torch.bincount(layer.flatten(), minlength=experts) for layer in index]).double()
-    return count / count.sum(1, keepdim=True)
+    return [count / count.sum(1, keepdim=True)]
 
 
 def fp(probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +85,7 @@ LOOPS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
 def test_value_and_gradient_equal_the_loop(name: str):
     ours, theirs = random_logits().requires_grad_(), random_logits().requires_grad_()
     index = chosen(ours.detach())
-    value = balance_loss(name, stats_of(ours, index), K, load_of(index, EXPERTS))
+    value = balance_loss(name, stats_of(ours, index), load_of(index, EXPERTS))
     truth = LOOPS[name](theirs, index, EXPERTS, K)
     torch.testing.assert_close(value, truth)
     value.backward()
@@ -96,12 +100,12 @@ def test_global_batch_takes_its_load_from_elsewhere():
     index = chosen(logits)
     load = load_of(index, EXPERTS)
     halves = [
-        balance_loss("global_batch", stats_of(logits[:, a], index[:, a]), K, load) for a in (slice(0, 1), slice(1, 4))
+        balance_loss("global_batch", stats_of(logits[:, a], index[:, a]), load) for a in (slice(0, 1), slice(1, 4))
     ]
-    whole = balance_loss("micro_batch", stats_of(logits, index), K)
+    whole = balance_loss("micro_batch", stats_of(logits, index))
     torch.testing.assert_close(halves[0] / 4 + halves[1] * 3 / 4, whole)
     with pytest.raises(AssertionError, match="global_batch needs the load"):
-        balance_loss("global_batch", stats_of(logits, index), K)
+        balance_loss("global_batch", stats_of(logits, index))
 
 
 @pytest.mark.parametrize(("experts", "k"), [(8, 2), (6, 3), (5, 1)])
@@ -109,7 +113,7 @@ def test_global_batch_takes_its_load_from_elsewhere():
 def test_uniform_routing_is_one_or_k(name: str, experts: int, k: int):
     index = (torch.arange(experts * 2).unsqueeze(1) + torch.arange(k)).remainder(experts).expand(2, 3, -1, k)
     logits = torch.zeros(2, 3, 2 * experts, experts).double()
-    value = balance_loss(name, stats_of(logits, index), k, load_of(index, experts))
+    value = balance_loss(name, stats_of(logits, index), load_of(index, experts))
     assert value == pytest.approx(k if name in ("hf_mixtral", "layerwise") else 1.0, abs=1e-12)
 
 
@@ -119,17 +123,17 @@ def test_collapse_is_the_largest_value(name: str):
     logits = torch.zeros(1, 2, 10, 8).double()
     logits[..., 0] = 60.0
     index = torch.tensor([0, 1]).expand(1, 2, 10, 2)
-    value = float(balance_loss(name, stats_of(logits, index), 2, load_of(index, 8)))
+    value = float(balance_loss(name, stats_of(logits, index), load_of(index, 8)))
     assert value == pytest.approx({"hf_mixtral": 8.0, "layerwise": 8.0, "deepspeed_top2": 8.0}.get(name, 4.0), rel=1e-9)
     one = torch.zeros(1, 2, 10, 1, dtype=torch.int64)
-    assert float(balance_loss(name, stats_of(logits, one), 1, load_of(one, 8))) == pytest.approx(8.0, rel=1e-9)
+    assert float(balance_loss(name, stats_of(logits, one), load_of(one, 8))) == pytest.approx(8.0, rel=1e-9)
 
 
 def test_pooling_hides_opposite_tilts():
     tilt = torch.linspace(-1.5, 1.5, EXPERTS).double()
     logits = random_logits(0.3)[:2] + torch.stack([tilt, -tilt]).view(2, 1, 1, -1)
     stats = stats_of(logits, chosen(logits))
-    pooled, layerwise = (float(balance_loss(name, stats, K)) for name in ("hf_mixtral", "layerwise"))
+    pooled, layerwise = (float(balance_loss(name, stats)) for name in ("hf_mixtral", "layerwise"))
     assert K * 0.999 < pooled < 0.9 * layerwise
 
 
@@ -137,13 +141,11 @@ def test_hf_mixtral_is_transformers():
     modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     logits = random_logits()
     truth = modeling.load_balancing_loss_func(tuple(layer.flatten(0, 1) for layer in logits), EXPERTS, K)
-    torch.testing.assert_close(
-        balance_loss("hf_mixtral", stats_of(logits, chosen(logits)), K), truth, check_dtype=False
-    )
+    torch.testing.assert_close(balance_loss("hf_mixtral", stats_of(logits, chosen(logits))), truth, check_dtype=False)
     mask = torch.ones(SEQUENCES, LENGTH)
     mask[0, 4:] = mask[2, 1:] = 0
     masked = modeling.load_balancing_loss_func(tuple(layer.flatten(0, 1) for layer in logits), EXPERTS, K, mask)
-    ours = balance_loss("hf_mixtral", stats_of(logits, chosen(logits), mask), K)
+    ours = balance_loss("hf_mixtral", stats_of(logits, chosen(logits), mask))
     torch.testing.assert_close(ours, masked, check_dtype=False)
 
 
@@ -151,7 +153,7 @@ def test_deepspeed_top2_is_deepspeed():
     gating = pytest.importorskip("deepspeed.moe.sharded_moe")
     logits = random_logits()[:1].float()
     truth, *_ = gating.top2gating(logits.flatten(0, 2), 1.0, 0, drop_tokens=False, top2_2nd_expert_sampling=False)
-    ours = balance_loss("deepspeed_top2", stats_of(logits, chosen(logits)), 2)
+    ours = balance_loss("deepspeed_top2", stats_of(logits, chosen(logits)))
     torch.testing.assert_close(ours, truth, check_dtype=False)
 
 
@@ -166,39 +168,27 @@ def test_padding_counts_for_nothing(name: str):
     load = load_of(index[:, :, :kept], EXPERTS)
     stats = stats_of(logits, index, counted)
     truth = stats_of(logits[:, :, :kept], index[:, :, :kept])
-    torch.testing.assert_close(balance_loss(name, stats, K, load), balance_loss(name, truth, K, load))
+    torch.testing.assert_close(balance_loss(name, stats, load), balance_loss(name, truth, load))
     torch.testing.assert_close(z_loss(stats), z_loss(truth))
-    (balance_loss(name, stats, K, load) + z_loss(stats)).backward()
+    (balance_loss(name, stats, load) + z_loss(stats)).backward()
     assert logits.grad is not None
     assert (logits.grad[:, :, kept:] == 0).all() and (logits.grad[:, :, :kept] != 0).any()
 
 
-def test_z_loss_and_coefficients():
+def test_z_loss_and_unknown_names():
     logits = random_logits()
     stats = stats_of(logits, chosen(logits))
     z = sum(float(torch.logsumexp(row, 0)) ** 2 for row in logits.flatten(0, 2)) / logits[..., 0].numel()
     assert float(z_loss(stats)) == pytest.approx(z)
-    sizes = dict(
-        vocab_size=8,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=3,
-        num_attention_heads=1,
-        num_local_experts=5,
-    )
-    config = Model(**sizes, router_aux_loss="hf_mixtral", router_aux_loss_coef=0.3, router_z_loss_coef=0.01)
-    balance = float(balance_loss("hf_mixtral", stats, K))
-    assert float(router_loss(config, stats)) == pytest.approx(0.3 * balance + 0.01 * z)
-    off = config.model_copy(update={"router_aux_loss": "none", "router_z_loss_coef": 0.0})
-    assert float(router_loss(off, stats)) == 0.0
     with pytest.raises(ValueError, match="unknown balancing loss 'switch'"):
-        balance_loss("switch", stats, K)
+        balance_loss("switch", stats)
 
 
 def test_statistics_count_the_choices_of_dropped_tokens_too():
     index = torch.tensor([[0, 2], [0, 1], [3, 1]], dtype=torch.int32)
-    packed = pack_stats(index, torch.full((3, EXPERTS), 0.2), torch.ones(3), torch.tensor([1.0, 2.0, 0.0]))
-    stats = unpack_stats(packed.sum(0).view(1, 1, -1))
+    routing = routing_of(torch.randn(3, EXPERTS), index)._replace(dropped_T=torch.tensor([1.0, 2.0, 0.0]))
+    (stats,) = router_stats([[routing], []], torch.zeros(3, dtype=torch.int64), 1, Axis("tp"))
     assert stats.count_NBE.flatten().tolist() == [2, 2, 1, 1, 0]
     assert stats.first_NBE.flatten().tolist() == [2, 0, 0, 1, 0]
-    assert (stats.dropped_NB.item(), stats.tokens_NB.item(), stats.z_NB.item()) == (3, 3, 3)
+    assert (stats.dropped_NB.item(), stats.tokens_NB.item()) == (3, 3)
+    torch.testing.assert_close(stats.z_NB.item(), float(routing.lse_T.square().sum()))

@@ -9,14 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_engine.config import Model
 from moe_engine.model.moe import MoE
-from moe_engine.parallel.mesh import Mesh
+from moe_engine.model.router import router_stats
+from moe_engine.parallel.mesh import Axis, Mesh
 from moe_engine.parallel.weight import initialise
 
 TOKENS, D, F = 96, 64, 40
 
 
 def saved_bytes(layer: MoE, x_TD: Tensor) -> int:
-    """Bytes of the storages that autograd keeps for backward, each once, without the parameters."""
+    """Bytes of the storages that autograd keeps for backward and of the routing, each once, without the parameters."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -24,9 +25,12 @@ def saved_bytes(layer: MoE, x_TD: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y_TD, stats = layer(x_TD, torch.ones(1, TOKENS))
+        y_TD, routing = layer(x_TD)
+        (stats,) = router_stats([[routing]], torch.zeros(TOKENS, dtype=torch.int64), 1, Axis("tp"))
+    for tensor in routing:
+        pack(tensor)
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    assert y_TD.requires_grad and stats.requires_grad
+    assert y_TD.requires_grad and stats.prob_NBE.requires_grad
     return sum(size for pointer, size in kept.items() if pointer not in parameters)
 
 
@@ -61,7 +65,7 @@ def test_a_token_keeps_d_plus_2kf_elements(experts: int, k: int, dtype: torch.dt
     layer = layer_of(experts, k, keep_h).to(dtype)
     x_TD = torch.randn(TOKENS, D).to(dtype).requires_grad_()
     activations = D + (2 * k * F if keep_h else 0)
-    routing = 4 * (experts + 1 + 4 * k)  # probabilities, log-sum-exp; weights, experts, and the two orders of rows
+    routing = 4 * (2 * experts + 2 + 4 * k)  # logits, probabilities, log-sum-exp, drops; weights, experts, two orders
     member_and_counts = 4 * (TOKENS + experts)
     assert saved_bytes(layer, x_TD) == TOKENS * (activations * dtype.itemsize + routing) + member_and_counts
 
@@ -71,5 +75,5 @@ def test_a_token_keeps_d_plus_2kf_elements(experts: int, k: int, dtype: torch.dt
 def test_h_is_written_only_where_a_backward_may_read_it(keep_h: bool, grad: bool) -> None:
     layer = layer_of(4, 2, keep_h)
     with torch.set_grad_enabled(grad), Hidden() as h:
-        layer(torch.randn(TOKENS, D), torch.ones(1, TOKENS))
+        layer(torch.randn(TOKENS, D))
     assert h.shapes == [(TOKENS * 2 if keep_h and grad else 0, 2 * F)]

@@ -9,7 +9,7 @@ from moe_engine.model.attention import inverse_frequencies
 from moe_engine.model.flops import forward_flops_per_token, step_flops_per_token
 from moe_engine.model.mlp import DenseMLP
 from moe_engine.model.moe import MoE
-from moe_engine.model.router_losses import unpack_stats, z_loss
+from moe_engine.model.router_losses import z_loss
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
@@ -36,8 +36,9 @@ def batch(sequences: int = 2, length: int = 12) -> tuple[torch.Tensor, torch.Ten
 def test_layers_hold_what_the_config_says(moe_layers: object, kinds: str):
     transformer = model(moe_layers=moe_layers)
     assert [type(block.ffn) for block in transformer.layers] == [MoE if kind == "M" else DenseMLP for kind in kinds]
-    _, stats = transformer(*batch())
-    assert stats.shape == (kinds.count("M"), 2, 3 * 4 + 3 if "M" in kinds else 3)
+    output = transformer(*batch())
+    assert len(output.routings) == kinds.count("M") and not output.attention_routings
+    assert [stats.prob_NBE.shape for stats in output.stats] == [(kinds.count("M"), 2, 4)] * ("M" in kinds)
 
 
 def test_rotary_frequencies_are_kept_in_fp32_and_are_no_weights():
@@ -54,7 +55,7 @@ def test_loss_is_that_of_the_logits():
     transformer = model()
     tokens, positions, labels = batch()
     labels[0, 3:7] = -100
-    loss_T, _ = transformer(tokens, positions, labels)
+    loss_T = transformer(tokens, positions, labels).loss_T
     logits = transformer.logits(tokens, positions)
     wanted = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="none")
     torch.testing.assert_close(loss_T, wanted)
@@ -66,14 +67,15 @@ def test_padding_is_not_counted_by_routers():
     tokens, positions, labels = batch()
     counted = torch.ones(2, 12, dtype=torch.bool)
     counted[0, 8:] = counted[1, 3:] = False
-    _, packed = transformer(tokens, positions, labels, counted)
-    _, other = transformer(tokens.where(counted, tokens.roll(1, 1)), positions, labels, counted)
-    torch.testing.assert_close(packed, other)
+    (stats,) = transformer(tokens, positions, labels, counted).stats
+    (other,) = transformer(tokens.where(counted, tokens.roll(1, 1)), positions, labels, counted).stats
+    torch.testing.assert_close(stats, other)
     for b, length in enumerate((8, 3)):
-        _, alone = transformer(tokens[b : b + 1, :length], positions[b : b + 1, :length], labels[b : b + 1, :length])
-        torch.testing.assert_close(packed[:, b], alone[:, 0], atol=1e-4, rtol=1e-5)
-    assert unpack_stats(packed).tokens_NB.tolist() == [[8, 3]] * 3
-    assert torch.isfinite(z_loss(unpack_stats(packed)))
+        row = slice(b, b + 1), slice(length)
+        (alone,) = transformer(tokens[row], positions[row], labels[row]).stats
+        for mixed, single in zip(stats[1:], alone[1:], strict=True):
+            torch.testing.assert_close(mixed[:, b], single[:, 0], atol=1e-4, rtol=1e-5)
+    assert stats.tokens_NB.tolist() == [[8, 3]] * 3 and torch.isfinite(z_loss([stats]))
 
 
 def test_tied_embedding_sums_both_gradients():

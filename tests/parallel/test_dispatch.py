@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_engine.parallel.dispatch import Table, combine, dispatch
+from moe_engine.parallel.dispatch import Counts, combine, dispatch
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 
@@ -70,13 +70,13 @@ def matrices_on_rank(rank: int, mesh: Mesh, name: str) -> None:
     rows, weights = mine.rows.clone().requires_grad_(), mine.weights.clone().requires_grad_()
     experts = parts[mesh.tp.rank][mesh.ep.cut(EXPERTS)].clone().requires_grad_()
 
-    flight = dispatch(rows, weights, Table(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
+    dispatched = dispatch(rows, weights, Counts(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
     meanwhile = (rows * 3).sum()  # work between the halves, whose gradient meets that of the rows
-    (rows_MD, weight_M1), expert_M = flight.land(), flight.expert_M
+    (rows_MD, weight_M1), expert_M = dispatched.wait(), dispatched.expert_M
     assert rows_MD.shape[0] == len(weight_M1) == len(expert_M) and expert_M.dtype == torch.int32
     padded = torch.cat([experts, experts.new_zeros(1, WIDTH, WIDTH)])  # expert L marks padding
     out_MD = torch.einsum("md,mdh->mh", weight_M1 * rows_MD, padded[expert_M.long()])
-    y = combine(out_MD, flight.route, mesh.ep, mesh.tp)
+    y = combine(out_MD, dispatched.route, mesh.ep, mesh.tp)
     torch.autograd.backward([y, meanwhile], [mine.upstream, torch.ones_like(meanwhile)])
 
     leaves = mine.rows.clone().requires_grad_(), mine.weights.clone().requires_grad_()
@@ -102,15 +102,15 @@ def round_trip_on_rank(rank: int, mesh: Mesh, name: str) -> None:
     """Without experts in between, what is not dropped comes back bit for bit (one tp rank alone contributes)."""
     mine, plane = scene(name, rank), mesh.ep.size * mesh.tp.size
     counts = torch.bincount(mine.experts, minlength=EXPERTS + 1)[:EXPERTS].int()
-    flight = dispatch(mine.rows, mine.weights, Table(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
-    rows_MD, _ = flight.land()
+    dispatched = dispatch(mine.rows, mine.weights, Counts(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
+    rows_MD, _ = dispatched.wait()
     sent = torch.cat([scene(name, r).experts for r in range(mesh.world.size) if r // plane == rank // plane])
     here = mesh.ep.cut(EXPERTS)
     local = here.stop - here.start
-    arrived = torch.bincount(flight.expert_M, minlength=local + 1)[:local]
+    arrived = torch.bincount(dispatched.expert_M, minlength=local + 1)[:local]
     assert arrived.tolist() == torch.bincount(sent, minlength=EXPERTS + 1)[here].tolist()
-    out_MD = rows_MD * ((flight.expert_M < local) & (mesh.tp.rank == 0)).unsqueeze(1)
-    back = combine(out_MD, flight.route, mesh.ep, mesh.tp)
+    out_MD = rows_MD * ((dispatched.expert_M < local) & (mesh.tp.rank == 0)).unsqueeze(1)
+    back = combine(out_MD, dispatched.route, mesh.ep, mesh.tp)
     assert torch.equal(back, mine.rows * (mine.experts < EXPERTS).unsqueeze(1))
 
 
@@ -134,12 +134,12 @@ def test_counts_are_read_only_where_rows_travel(ep: int):
     """Reading them is the host's wait for the device."""
 
     def on_rank(rank: int) -> None:
-        mesh, reads, read = build_mesh(1, ep, 1), [], Table.read
-        table = Table(torch.full((EXPERTS,), 2, dtype=torch.int32), mesh.ep, mesh.tp)
+        mesh, reads, read = build_mesh(1, ep, 1), [], Counts.read
+        table = Counts(torch.full((EXPERTS,), 2, dtype=torch.int32), mesh.ep, mesh.tp)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Table, "read", lambda table: (reads.append(table), read(table))[1])
+            patch.setattr(Counts, "read", lambda counts: (reads.append(counts), read(counts))[1])
             rows, weights = torch.randn(2 * EXPERTS, WIDTH), torch.ones(2 * EXPERTS, 1)
-            dispatch(rows, weights, table, mesh.ep, mesh.tp).land()
+            dispatch(rows, weights, table, mesh.ep, mesh.tp).wait()
         assert len(reads) == ep - 1
 
     run_on_ranks(on_rank, ep)
@@ -154,12 +154,12 @@ def test_nothing_outlives_backward():
         gc.disable()
         counts = torch.full((EXPERTS,), 2, dtype=torch.int32)
         rows = torch.randn(2 * EXPERTS, WIDTH, requires_grad=True)
-        flight = dispatch(rows, torch.ones(len(rows), 1), Table(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
-        alive = [weakref.ref(flight.rows), weakref.ref(flight.columns)]
-        landed, _ = flight.land()
+        dispatched = dispatch(rows, torch.ones(len(rows), 1), Counts(counts, mesh.ep, mesh.tp), mesh.ep, mesh.tp)
+        alive = [weakref.ref(dispatched.rows), weakref.ref(dispatched.columns)]
+        landed, _ = dispatched.wait()
         alive.append(weakref.ref(landed))
-        y = combine(landed * 1.0, flight.route, mesh.ep, mesh.tp)
-        del landed, flight
+        y = combine(landed * 1.0, dispatched.route, mesh.ep, mesh.tp)
+        del landed, dispatched
         assert alive[2]() is None  # a product keeps its inputs if it needs them, the trip does not
         y.sum().backward()
         del y

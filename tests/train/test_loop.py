@@ -10,6 +10,7 @@ import torch
 
 from moe_engine.errors import ConfigError, EngineError
 from moe_engine.log import read_rows
+from moe_engine.model.transformer import Output
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.loop import fit
@@ -130,9 +131,10 @@ def test_five_skipped_steps_in_a_row_stop_the_run(corpus: Path, tmp_path: Path):
         before = parameters_of(trainer.engine)
         passes = []
 
-        def spoil(module: torch.nn.Module, inputs: object, output: tuple[torch.Tensor, torch.Tensor]):
+        def spoil(module: torch.nn.Module, inputs: object, output: Output) -> Output:
             passes.append(0)  # steps 1, 2 and 4 are good; from 6 on none is, so that 10 is the fifth bad one in a row
-            return output[0] * math.nan if rank == 1 and len(passes) in (3, 5, *range(6, 99)) else output[0], output[1]
+            bad = rank == 1 and len(passes) in (3, 5, *range(6, 99))
+            return output._replace(loss_T=output.loss_T * math.nan) if bad else output
 
         trainer.engine.engine.module.model.register_forward_hook(spoil)
         with pytest.raises(EngineError, match="5 steps in a row were skipped") as caught:

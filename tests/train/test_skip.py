@@ -10,6 +10,7 @@ from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import note_of
 from moe_engine.train.step import train_step
+from moe_engine.train.terms import pretraining_terms
 from moe_engine.train.zero import ZeroEngine
 from tests.train.small import my_batches, parameters_of, run_of, transformer_of
 
@@ -43,8 +44,8 @@ class Fault:
     def on_loss(self, module: Any, inputs: Any, output: Any) -> Any:
         if not (self.armed and self.here):
             return None
-        loss_T, stats = output
-        return torch.cat([loss_T[:-1], loss_T[-1:] * self.value]), stats
+        spoiled_T = torch.cat([output.loss_T[:-1], output.loss_T[-1:] * self.value])
+        return output._replace(loss_T=spoiled_T)
 
 
 def train(mesh: Mesh, settings: dict[str, Any], where: str, bad_rank: int, value: float, faulty: bool):
@@ -56,7 +57,7 @@ def train(mesh: Mesh, settings: dict[str, Any], where: str, bad_rank: int, value
     reports, weights = [], []
     for step, spoil in ((0, False), (1, True), (2, False)) if faulty else ((0, False), (2, False)):
         fault.armed = spoil
-        reports.append(train_step(engine, run.model, mesh, my_batches(run, mesh, step), 1e-2, 2))
+        reports.append(train_step(engine, pretraining_terms(run.model), mesh, my_batches(run, mesh, step), 1e-2))
         weights.append(parameters_of(engine))
     engine.close()
     return reports, weights
@@ -114,9 +115,9 @@ def test_a_batch_without_labels_is_skipped_and_named():
         engine = ZeroEngine(transformer_of(run, mesh), run, mesh)
         before = {name: p.detach().clone() for p, name in engine.names.items()}
         blank = [b._replace(labels_BS=torch.full_like(b.labels_BS, -100)) for b in my_batches(run, mesh, 0)]
-        report = train_step(engine, run.model, mesh, blank, 1e-2, 2)
+        report = train_step(engine, pretraining_terms(run.model), mesh, blank, 1e-2)
         assert all(torch.equal(p, before[name]) for p, name in engine.names.items())
-        return report.skipped, report.lm_loss
+        return report.skipped, float(report.measures["lm_loss"])
 
     for why, loss in run_on_ranks(on_rank, 2):
         assert why == "no token of the global batch has a label" and loss != loss

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from moe_engine.config import Run
 from moe_engine.data.loader import Batch
-from moe_engine.model.router_losses import router_loss, total_balance, unpack_stats
+from moe_engine.model.router_losses import balance_loss, load_share, z_loss
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
-from moe_engine.train.step import accumulate, evaluate, finish, train_step
+from moe_engine.train.step import StepReport, accumulate, evaluate, finish, train_step
+from moe_engine.train.terms import pretraining_terms
 from tests.train.small import (
     MODEL,
     engine_of,
@@ -27,6 +28,7 @@ from tests.train.small import (
 )
 
 DENSE = {"num_local_experts": 0, "moe_layers": "all"}
+DOMAINS = ("even", "odd")
 
 
 class Truth(NamedTuple):
@@ -52,18 +54,16 @@ def plain_steps(run: Run, steps: int) -> Iterator[Truth]:
     for step in range(steps):
         batch = global_batch(step, run.model.vocab_size)
         parts = [Batch(*(x[i : i + size] for x in batch)) for i in range(0, len(batch.tokens_BS), size)]
-        outputs = [
-            (model.logits(b.tokens_BS, b.positions_BS), *model(b.tokens_BS, b.positions_BS, b.labels_BS)) for b in parts
-        ]
-        lm = F.cross_entropy(torch.cat([logits for logits, _, _ in outputs]), batch.labels_BS.flatten())
+        outputs = [model(b.tokens_BS, b.positions_BS, b.labels_BS) for b in parts]
+        logits = torch.cat([model.logits(b.tokens_BS, b.positions_BS) for b in parts])
+        lm = F.cross_entropy(logits, batch.labels_BS.flatten())
         loss, aux = lm, torch.zeros(())
         if run.model.num_moe_layers + run.model.num_attention_moe_layers:
-            stats = [unpack_stats(packed) for _, _, packed in outputs]
-            count = sum(s.count_NBE.sum(1) for s in stats)
-            load = count / count.sum(1, keepdim=True)  # type: ignore[union-attr]
-            values = [total_balance(run.model, run.model.router_aux_loss, s, load) for s in stats]
-            aux = sum(values, torch.zeros(())) / len(stats)
-            loss = lm + sum((router_loss(run.model, s, load) for s in stats), torch.zeros(())) / len(stats)
+            kinds = zip(*(output.stats for output in outputs))
+            load = [load_share(torch.stack([stats.count_NBE.sum(1) for stats in kind]).sum(0)) for kind in kinds]
+            balance = [balance_loss(run.model.router_aux_loss, output.stats, load) for output in outputs]
+            aux, z = torch.stack(balance).mean(), torch.stack([z_loss(output.stats) for output in outputs]).mean()
+            loss = lm + run.model.router_aux_loss_coef * aux + run.model.router_z_loss_coef * z
         optimizer.zero_grad()
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -73,20 +73,26 @@ def plain_steps(run: Run, steps: int) -> Iterator[Truth]:
         yield Truth(float(loss), float(lm), float(aux), float(norm), gradients, weights)
 
 
+def step_of(run: Run, mesh: Mesh) -> StepReport:
+    """The first step of a run."""
+    terms = pretraining_terms(run.model, DOMAINS)
+    return train_step(engine_of(run, mesh), terms, mesh, my_batches(run, mesh, 0), 1e-2)
+
+
 def compare(run: Run, mesh: Mesh, steps: int = 3) -> None:
     """The engine's steps equal plain PyTorch's: losses, norm, every gradient (before clipping) and every weight."""
-    engine = engine_of(run, mesh)
+    engine, terms = engine_of(run, mesh), pretraining_terms(run.model, DOMAINS)
     for step, truth in enumerate(plain_steps(run, steps)):
         micros = my_batches(run, mesh, step)
-        tally = accumulate(engine, run.model, mesh, micros, domains=2)
+        tally = accumulate(engine, terms, mesh, micros)
         for name, gradient in engine.gradients().items():
             parameter = next(p for p, n in engine.names.items() if n == name)
             assert relative(gradient, part_of(truth.gradients[name], parameter)) < 1e-5, (step, name)
-        report = finish(engine, run.model, mesh, micros, tally, run.optimizer.lr)
+        report = finish(engine, terms, mesh, micros, tally, run.optimizer.lr)
         assert report.skipped is None
         assert report.loss == pytest.approx(truth.loss, rel=1e-5)
-        assert report.lm_loss == pytest.approx(truth.lm_loss, rel=1e-5)
-        assert report.aux_loss == pytest.approx(truth.aux_loss, rel=1e-5)
+        assert float(report.measures["lm_loss"]) == pytest.approx(truth.lm_loss, rel=1e-5)
+        assert float(report.measures.get("aux_loss", torch.zeros(()))) == pytest.approx(truth.aux_loss, rel=1e-5)
         assert report.grad_norm == pytest.approx(truth.norm, rel=1e-5)
         for parameter, name in engine.names.items():
             assert relative(parameter.detach(), part_of(truth.weights[name], parameter)) < 1e-5, (step, name)
@@ -157,17 +163,18 @@ def test_report_is_the_same_on_all_ranks_and_counts_everything():
     def on_rank(rank: int) -> dict[str, Any]:
         mesh = build_mesh(2, 2, 1)
         engine = engine_of(run, mesh)
-        report = train_step(engine, run.model, mesh, my_batches(run, mesh, 0), 1e-2, domains=3)
-        return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in report._asdict().items()}
+        terms = pretraining_terms(run.model, [*DOMAINS, "silent"])
+        report = train_step(engine, terms, mesh, my_batches(run, mesh, 0), 1e-2)
+        return {name: value.tolist() for name, value in report.measures.items()} | {"norm": report.grad_norm}
 
     reports = run_on_ranks(on_rank, 4)
     assert all(str(report) == str(reports[0]) for report in reports)  # str: a domain without tokens is nan
     report, batch = reports[0], global_batch(0)
-    assert report["tokens"] == int((batch.labels_BS != -100).sum())
-    assert sum(report["load_NE"][0]) == pytest.approx(1.0)
-    assert 0 < report["dropped_N"][0] < batch.tokens_BS.numel() * 2
-    per_domain = report["domain_loss_D"]
-    assert per_domain[2] != per_domain[2] and per_domain[0] != per_domain[1]
+    assert report["labelled_tokens"] == int((batch.labels_BS != -100).sum())
+    assert sum(report["expert_load"][0]) == pytest.approx(1.0)
+    assert 0 < report["dropped"][0] < batch.tokens_BS.numel() * 2
+    silent, per_domain = report["domain_loss/silent"], [report[f"domain_loss/{name}"] for name in DOMAINS]
+    assert silent != silent and per_domain[0] != per_domain[1]
     counts = [(batch.labels_BS[d::2] != -100).sum().item() for d in (0, 1)]
     assert sum(n * x for n, x in zip(counts, per_domain)) / sum(counts) == pytest.approx(report["lm_loss"])
 
@@ -175,15 +182,14 @@ def test_report_is_the_same_on_all_ranks_and_counts_everything():
 def test_domain_losses_are_means_over_their_own_tokens():
     run = run_of(2, 1, 1)
     batch = global_batch(0)
-    loss_T, _ = transformer_of(run, Mesh())(batch.tokens_BS, batch.positions_BS, batch.labels_BS)
+    loss_T = transformer_of(run, Mesh())(batch.tokens_BS, batch.positions_BS, batch.labels_BS).loss_T
     per_row = loss_T.view(batch.labels_BS.shape).sum(1)
     wanted = [float(per_row[d::2].sum() / (batch.labels_BS[d::2] != -100).sum()) for d in (0, 1)]
 
     def on_rank(rank: int) -> list[float]:
         mesh = build_mesh(2, 1, 1)
-        return train_step(
-            engine_of(run, mesh), run.model, mesh, my_batches(run, mesh, 0), 1e-2, 2
-        ).domain_loss_D.tolist()
+        report = step_of(run, mesh)
+        return [float(report.measures[f"domain_loss/{name}"]) for name in DOMAINS]
 
     for losses in run_on_ranks(on_rank, 2):
         assert losses == pytest.approx(wanted, rel=1e-5)
@@ -196,7 +202,9 @@ def test_expert_bias_moves_once_per_step_towards_the_mean():
     def on_rank(rank: int) -> tuple[list[float], list[float], list[float]]:
         mesh = build_mesh(2, 2, 1)
         engine = engine_of(run, mesh)
-        first = train_step(engine, run.model, mesh, my_batches(run, mesh, 0), 1e-2, 2).load_NE[0]
+        terms = pretraining_terms(run.model)
+        report = train_step(engine, terms, mesh, my_batches(run, mesh, 0), 1e-2, bias_rate=0.01)
+        first = report.measures["expert_load"][0]
         after = engine.routers[0].expert_bias.clone()
         evaluate(engine, mesh, my_batches(run, mesh, 1))  # looks at no bias
         return first.tolist(), after.tolist(), engine.routers[0].expert_bias.tolist()
@@ -212,7 +220,7 @@ def test_evaluate_is_the_mean_over_all_tokens():
     total = torch.zeros(2, dtype=torch.float64)
     for step in (5, 6):
         batch = global_batch(step)
-        loss_T, _ = model(batch.tokens_BS, batch.positions_BS, batch.labels_BS)
+        loss_T = model(batch.tokens_BS, batch.positions_BS, batch.labels_BS).loss_T
         total += torch.stack([loss_T.double().sum(), (batch.labels_BS != -100).sum().double()])
 
     def on_rank(rank: int) -> tuple[float, bool, bool]:
@@ -235,8 +243,7 @@ def test_global_balance_needs_no_second_truth():
         for name in ("global_batch", "micro_batch"):
             for accumulation in (1, 4):
                 run = run_of(accumulation=accumulation, model={"router_aux_loss": name})
-                report = train_step(engine_of(run, Mesh()), run.model, Mesh(), my_batches(run, Mesh(), 0), 1e-2, 2)
-                values.setdefault(name, []).append(report.aux_loss)
+                values.setdefault(name, []).append(float(step_of(run, Mesh()).measures["aux_loss"]))
         return values
 
     (values,) = run_on_ranks(on_rank, 1)
@@ -247,6 +254,6 @@ def test_global_balance_needs_no_second_truth():
 def test_model_of_the_tests_routes_unevenly():
     """The comparisons above would prove little with one expert's worth of routing."""
     batch = global_batch(0)
-    _, packed = transformer_of(run_of(), Mesh())(batch.tokens_BS, batch.positions_BS, batch.labels_BS)
-    count = unpack_stats(packed).count_NBE.sum((0, 1))
+    (stats,) = transformer_of(run_of(), Mesh())(batch.tokens_BS, batch.positions_BS, batch.labels_BS).stats
+    count = stats.count_NBE.sum((0, 1))
     assert len(count) == MODEL.num_local_experts and count.max() > 1.1 * count.min() > 0

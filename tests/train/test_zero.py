@@ -9,6 +9,7 @@ from moe_engine.config_layout import layout_problems
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.step import train_step
+from moe_engine.train.terms import pretraining_terms
 from tests.train.small import engine_of, my_batches, run_of
 
 STEPS = 5
@@ -18,11 +19,11 @@ Trace = tuple[list[float], list[float], dict[str, np.ndarray]]
 def train(rank: int, layout: tuple[int, int, int], settings: dict[str, Any]) -> Trace:
     """Losses, gradient norms and this rank's fp32 master values, put together from the slices it owns."""
     mesh, run = build_mesh(*layout), run_of(*layout, accumulation=2, **settings)
-    engine = engine_of(run, mesh)
-    reports = [train_step(engine, run.model, mesh, my_batches(run, mesh, s), 1e-3, 2) for s in range(STEPS)]
+    engine, terms = engine_of(run, mesh), pretraining_terms(run.model)
+    reports = [train_step(engine, terms, mesh, my_batches(run, mesh, s), 1e-3) for s in range(STEPS)]
     assert all(report.skipped is None for report in reports)
     masters = {f"{owned.name}[{owned.start}]": owned.master.float().numpy().copy() for owned in engine.owned()}
-    return [r.lm_loss for r in reports], [r.grad_norm for r in reports], masters
+    return [float(r.measures["lm_loss"]) for r in reports], [r.grad_norm for r in reports], masters
 
 
 def run_stages(layout: tuple[int, int, int], kinds: list[dict[str, Any]]) -> list[Trace]:
@@ -101,7 +102,7 @@ def test_weights_are_the_rounded_masters():
     def on_rank(rank: int) -> None:
         mesh, run = build_mesh(2, 1, 1), run_of(2, 1, 1, precision="bf16", zero=2)
         engine = engine_of(run, mesh)
-        train_step(engine, run.model, mesh, my_batches(run, mesh, 0), 1e-2, 2)
+        train_step(engine, pretraining_terms(run.model), mesh, my_batches(run, mesh, 0), 1e-2)
         weights = {name: p.detach().view(-1) for p, name in engine.names.items()}
         seen = 0
         for owned in engine.owned():
@@ -120,7 +121,7 @@ def test_owned_slices_cover_every_element_once(zero: int):
 
         mesh, run = build_mesh(2, 2, 1), run_of(2, 2, 1, zero=zero)
         engine = engine_of(run, mesh)
-        train_step(engine, run.model, mesh, my_batches(run, mesh, 0), 1e-2, 2)
+        train_step(engine, pretraining_terms(run.model), mesh, my_batches(run, mesh, 0), 1e-2)
         notes = {name: note_of(p) for p, name in engine.names.items()}
         return [
             (o.name, o.start, o.master.numel(), [[s.start, s.stop] for s in notes[o.name].local_slices()])

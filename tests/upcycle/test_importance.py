@@ -38,7 +38,7 @@ def h_and_grad(model: Transformer, batch: Batch, layer: int) -> tuple[Tensor, Te
         return h @ module.down.weight.T
 
     handle = model.layers[layer].ffn.register_forward_hook(plain)
-    loss_T, _ = model(batch.tokens_BS, batch.positions_BS, batch.labels_BS)
+    loss_T = model(batch.tokens_BS, batch.positions_BS, batch.labels_BS).loss_T
     handle.remove()
     loss_T.sum().backward()
     return kept["h"].detach(), kept["h"].grad

@@ -106,7 +106,7 @@ def test_receipt_is_in_fp32_without_router_noise_and_leaves_the_models() -> None
     parent = dense_model().bfloat16()
     child = upcycle(parent, "copy", Options()).bfloat16()
     noisy, still = (upcycle(dense_model(), "random", Options()) for _ in range(2))
-    noisy.layers[0].ffn.router.config = noisy.config.model_copy(update={"router_jitter_noise": 0.5})
+    noisy.layers[0].ffn.router.jitter = 0.5
     assert receipt(still, noisy, tokens()).max == 0
     assert receipt(parent, child, tokens()).max <= 2e-6
     assert receipt(parent.float(), child, tokens()).max <= 2e-6

@@ -5,7 +5,7 @@ import torch
 
 from moe_engine.config import Model
 from moe_engine.errors import ConfigError
-from moe_engine.model.moe import Router
+from moe_engine.model.moe import MoE
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.upcycle import Dense, Options, virtual
 from moe_engine.upcycle.receipt import receipt
@@ -42,7 +42,7 @@ def test_exact_with_a_uniform_router_that_is_not_renormalised(experts: int, top_
 def test_each_shard_is_chosen_k_over_g_times(experts: int, top_k: int, granularity: int) -> None:
     options = Options(experts=experts, top_k=top_k, granularity=granularity)
     config = DENSE.model_copy(update={"num_local_experts": experts, "num_experts_per_tok": top_k})
-    router = Router(config, Mesh())
+    router = MoE(config, Mesh()).router
     router.weight.data.copy_(rows(options, "random")(0))
     x_TD = torch.randn(301, DENSE.hidden_size, generator=torch.Generator().manual_seed(5))
     shard_TK = router(x_TD).index_TK.long() % granularity

@@ -48,6 +48,7 @@ def no_labels(arena: Arena, count: int) -> Injections:
 
 def blanked(arena: Arena, ranks: int, accumulation: int, all_blank: bool, zero: int) -> str | None:
     from moe_engine.train.step import evaluate, train_step
+    from moe_engine.train.terms import pretraining_terms
     from moe_engine.train.zero import ZeroEngine  # imported before the ranks are forked
     from tools.faults.ranks import run_of
 
@@ -62,15 +63,17 @@ def blanked(arena: Arena, ranks: int, accumulation: int, all_blank: bool, zero: 
         spoiled = blank if all_blank else [blank[0], *good[1:]]
         engine, fresh = (ZeroEngine(transformer_of(run, mesh), run, mesh) for _ in range(2))
         wanted = evaluate(engine, mesh, spoiled[rank::ranks])
-        report = train_step(engine, run.model, mesh, spoiled[rank::ranks], 1e-2)
-        found = f"skipped: {report.skipped}; loss {report.lm_loss}, by evaluation {wanted}"
+        terms = pretraining_terms(run.model)
+        report = train_step(engine, terms, mesh, spoiled[rank::ranks], 1e-2)
+        loss = float(report.measures["lm_loss"])
+        found = f"skipped: {report.skipped}; loss {loss}, by evaluation {wanted}"
         if not all_blank:
-            fine = report.skipped is None and math.isclose(report.lm_loss, wanted, rel_tol=1e-5)
+            fine = report.skipped is None and math.isclose(loss, wanted, rel_tol=1e-5)
             return None if fine else found
-        if report.skipped != NO_LABELS or not math.isnan(report.lm_loss) or not math.isnan(wanted):
+        if report.skipped != NO_LABELS or not math.isnan(loss) or not math.isnan(wanted):
             return found
         for each in (engine, fresh):
-            train_step(each, run.model, mesh, good[rank::ranks], 1e-2)
+            train_step(each, terms, mesh, good[rank::ranks], 1e-2)
         same = all(torch.equal(a, b) for a, b in zip(engine.names, fresh.names))
         return None if same else "the step after it is not what it would have been"
 

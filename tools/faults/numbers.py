@@ -19,13 +19,15 @@ from moe_engine.data.corpus import open_corpus
 from moe_engine.data.loader import Batch
 from moe_engine.errors import EngineError
 from moe_engine.log import Logger
-from moe_engine.model.moe import MoE, Router
+from moe_engine.model.moe import MoE
+from moe_engine.model.router import Router
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import initialise, note_of
 from moe_engine.train.loop import MAX_SKIPPED, build, fit
 from moe_engine.train.step import accumulate, finish
+from moe_engine.train.terms import pretraining_terms
 from moe_engine.train.zero import ZeroEngine
 from tools.faults.arena import Arena, Fault, Injections
 from tools.faults.ranks import LENGTH, Layout, run_of
@@ -203,22 +205,22 @@ def check_load(rank: int, run: Run, load: Load, seed: int) -> None:
     whole = random_batch(run, load, seed)
     rows = mesh.data.cut(len(whole.tokens_BS))
     mine = [Batch(*(field[rows] for field in whole))]
-    tally = accumulate(engine, run.model, mesh, mine)
+    terms = pretraining_terms(run.model)
+    tally = accumulate(engine, terms, mesh, mine)
     gradients = engine.gradients()
     for name, truth in truth_of(run, load, whole).items():
         part = truth[note_of(dict(transformer.named_parameters())[name]).local_slices()]
         error = relative(gradients[name], part)
         assert error <= LIMIT, f"rank {rank}: the gradient of {name} is off by {error:.1e} of its norm"
-    report = finish(engine, run.model, mesh, mine, tally, 1e-3)
+    report = finish(engine, terms, mesh, mine, tally, 1e-3)
     assert report.skipped is None and math.isfinite(report.grad_norm) and math.isfinite(report.loss), f"{report}"
     assert all(p.isfinite().all() for p in engine.names), "a weight is not finite after the step"
-    assert came_about(load, report.load_NE, report.dropped_N, 1 / run.model.num_experts_per_tok), (
-        f"no such load: {report}"
-    )
+    assert came_about(load, report.measures, 1 / run.model.num_experts_per_tok), f"no such load: {report}"
 
 
-def came_about(load: Load, load_NE: Tensor, dropped_N: Tensor, most: float) -> bool:
+def came_about(load: Load, measures: dict[str, Tensor], most: float) -> bool:
     """Whether the step had the load that it was to have, in every layer."""
+    load_NE, dropped_N = measures["expert_load"], measures["dropped"]
     kept_away, crowded = (load_NE[:, -1] == 0).all(), torch.allclose(load_NE[:, 0], load_NE.new_tensor(most))
     return bool(
         (kept_away or load.last == 0)
@@ -256,7 +258,7 @@ def truth_of(run: Run, load: Load, whole: Batch) -> dict[str, Tensor]:
     size = len(whole.tokens_BS) // run.data_ranks
     for i in range(run.data_ranks):
         tokens_BS, labels_BS, positions_BS, _ = (field[i * size : (i + 1) * size] for field in whole)
-        loss_T, _ = transformer(tokens_BS, positions_BS, labels_BS)
+        loss_T = transformer(tokens_BS, positions_BS, labels_BS).loss_T
         (loss_T.sum() / whole.labels_BS.numel()).backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in transformer.named_parameters()}
 
@@ -272,9 +274,9 @@ class LoopedExperts(nn.Module):
         return torch.cat([self.part(part_TD) for part_TD in x_TD.chunk(self.tp)])
 
     def part(self, x_TD: Tensor) -> Tensor:
-        config, bias_E = self.router.config, self.router.expert_bias
+        router, bias_E = self.router, self.router.expert_bias
         assert bias_E is not None
-        experts, k, factor = config.num_local_experts, config.num_experts_per_tok, config.capacity_factor
+        experts, k, factor = router.experts, router.top_k, router.capacity_factor
         room = math.ceil(factor * len(x_TD) * k / experts) if factor else math.inf
         probs_TE = F.linear(x_TD, self.router.weight).softmax(-1)
         score_TE = (probs_TE + bias_E).tolist()

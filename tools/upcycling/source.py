@@ -12,13 +12,13 @@ from torch import Tensor
 
 from moe_engine.checkpoint.finite import nonfinite, refusal
 from moe_engine.checkpoint.hf.folder import HfFolder
-from moe_engine.checkpoint.hf.table import weight_shapes
 from moe_engine.checkpoint.pieces import Box, Piece
 from moe_engine.checkpoint.weights_only import WHOLE_COPY
 from moe_engine.config import Model
 from moe_engine.upcycle import METHODS, Options, attention, mix
 from moe_engine.upcycle.layer import Dense
 from moe_engine.upcycle.transplant import attention_weights, routed_weights
+from moe_engine.weights import weight_shapes
 
 RouterRows = Callable[[int, int], Tensor]  # (layer, experts) -> [experts, D]
 

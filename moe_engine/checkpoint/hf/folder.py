@@ -15,7 +15,7 @@ import torch
 
 from moe_engine.checkpoint.hf.contents import CONFIG, INDEX, SINGLE, chosen, contents_of, regular
 from moe_engine.checkpoint.hf.families import TABLES
-from moe_engine.checkpoint.hf.table import Place, Shape, Table, places, weight_shapes
+from moe_engine.checkpoint.hf.table import Place, Shape, Table, places
 from moe_engine.checkpoint.pieces import Piece, volume
 from moe_engine.checkpoint.shard import MAX_HEADER, SUFFIX, TORCH_OF, Entry
 from moe_engine.checkpoint.source import Source, Stored
@@ -24,6 +24,7 @@ from moe_engine.config_files import model_in, read_mapping
 from moe_engine.config_hf import family_in
 from moe_engine.config_report import BULLET, shown
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.weights import weight_shapes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

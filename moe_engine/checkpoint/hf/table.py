@@ -14,10 +14,6 @@ from typing import NamedTuple
 import torch
 
 from moe_engine.checkpoint.pieces import Box, volume
-from moe_engine.config import Model
-from moe_engine.model.transformer import Transformer
-from moe_engine.parallel.mesh import Mesh
-from moe_engine.parallel.weight import note_of
 
 Shape = tuple[int, ...]
 TARGET = re.compile(r"(?P<weight>[^\[]+)(\[(?P<indices>[^\]]+)\])?")
@@ -41,13 +37,6 @@ class Place(NamedTuple):
     weight: str
     box: Box
     shape: Shape
-
-
-def weight_shapes(model: Model) -> dict[str, Shape]:
-    """Name and whole shape of every weight of a model; nothing is allocated."""
-    with torch.device("meta"):
-        decoder = Transformer(model, Mesh())
-    return {name: note_of(parameter).shape for name, parameter in decoder.named_parameters()}
 
 
 def places(rows: tuple[Row, ...], shapes: Mapping[str, Shape]) -> dict[str, Place]:

@@ -10,13 +10,13 @@ import torch
 from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.read import read_hf
-from moe_engine.checkpoint.hf.table import weight_shapes
 from moe_engine.checkpoint.pieces import Box, Piece
 from moe_engine.checkpoint.weights_only import write_weights
 from moe_engine.config import Model
 from moe_engine.config_hf import family_of
 from moe_engine.errors import ConfigError
 from moe_engine.sizes import parameter_counts
+from moe_engine.weights import weight_shapes
 from tests.checkpoint.hf.small import same_tensors, tensors_of
 
 BASE = dict(
