@@ -29,7 +29,8 @@ CORE = (
     *("moe_engine/parallel/", "moe_engine/model/", "moe_engine/data/", "moe_engine/train/"),
 )
 BUDGETS = dict(
-    core=6_000, top=2_200, config_hf=800, ops=2_800, host=600, prepare=2_600, checkpoint=3_200, upcycle=2_000, plan=1_000
+    core=6_000, top=2_200, config_hf=800, ops=2_800, host=600, prepare=2_600, checkpoint=3_200, upcycle=2_000,
+    plan=1_000,
 )  # fmt: skip
 FILE_LINES, FUNCTION_LINES = 400, 60
 HEAVY = {"deepspeed", "transformers", "datasets", "matplotlib", "tensorboard"}
