@@ -36,11 +36,11 @@ from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.collectives import gather_bytes, max_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, key_of
+from moe_engine.train.engine import Engine, OneRank
 from moe_engine.train.peak import peak_flops
 from moe_engine.train.schedule import learning_rate
 from moe_engine.train.state import load_state, load_weights, save_state
 from moe_engine.train.step import StepReport, evaluate, train_step
-from moe_engine.train.zero import ZeroEngine
 
 MAX_SKIPPED = 5  # skipped steps in a row that stop a run
 
@@ -51,7 +51,7 @@ class Trainer(NamedTuple):
     run: Run
     mesh: Mesh
     device: torch.device
-    engine: ZeroEngine
+    engine: Engine
     loader: Loader
     held_out: list[OpenDomain]
     saver: Saver
@@ -93,8 +93,17 @@ def build(
         beat=partial(beat, 0, "writing a checkpoint"),
     )
     return Trainer(
-        run, mesh, device, ZeroEngine(model, run, mesh), loader, held_out, saver, log, requests or Requests(), beat
+        run, mesh, device, make_engine(model, run, mesh), loader, held_out, saver, log, requests or Requests(), beat
     )
+
+
+def make_engine(model: Transformer, run: Run, mesh: Mesh) -> Engine:
+    """The engine of a run: DeepSpeed's where data ranks share the work, or where it offloads the optimizer."""
+    if mesh.data.size == 1 and not run.parallel.offload_optimizer:
+        return OneRank(model, run, mesh)
+    from moe_engine.train.zero import ZeroEngine  # here: one data rank does not load DeepSpeed
+
+    return ZeroEngine(model, run, mesh)
 
 
 def fit(trainer: Trainer) -> None:

@@ -22,7 +22,7 @@ from moe_engine.model.moe import Router
 from moe_engine.model.router_losses import RouterStats, router_loss, total_balance, total_z, unpack_stats
 from moe_engine.parallel.collectives import gather_rows, sum_
 from moe_engine.parallel.mesh import Mesh
-from moe_engine.train.zero import StepOutcome, ZeroEngine
+from moe_engine.train.engine import Engine, StepOutcome
 
 
 class StepReport(NamedTuple):
@@ -97,14 +97,14 @@ class Tally:
 
 
 def train_step(
-    engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], lr: float, domains: int = 1
+    engine: Engine, config: Model, mesh: Mesh, batches: list[Batch], lr: float, domains: int = 1
 ) -> StepReport:
     """One step on this data rank's micro-batches (already on the device); collective over all ranks."""
     tally = accumulate(engine, config, mesh, batches, domains)
     return finish(engine, config, mesh, batches, tally, lr)
 
 
-def accumulate(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], domains: int = 1) -> Tally:
+def accumulate(engine: Engine, config: Model, mesh: Mesh, batches: list[Batch], domains: int = 1) -> Tally:
     """Forward and backward of every micro-batch; the gradients are then complete, the weights untouched."""
     device = batches[0].tokens_BS.device
     counts = [
@@ -126,7 +126,7 @@ def accumulate(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batc
     return tally
 
 
-def finish(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], tally: Tally, lr: float) -> StepReport:
+def finish(engine: Engine, config: Model, mesh: Mesh, batches: list[Batch], tally: Tally, lr: float) -> StepReport:
     """Clip and step, or skip on all ranks; reduce and report what was measured."""
     finite = bool(tally.flat[0].isfinite())
     sum_(tally.flat, mesh.data)
@@ -139,7 +139,7 @@ def finish(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], 
 
 
 @torch.no_grad()
-def global_load(engine: ZeroEngine, mesh: Mesh, batches: Iterable[Batch]) -> Tensor:
+def global_load(engine: Engine, mesh: Mesh, batches: Iterable[Batch]) -> Tensor:
     """f_NE of the whole global batch, by a forward pass of every micro-batch before the first backward.
 
     With accumulation the exact global balancing loss needs the counts of micro-batches that have not run yet; the pass
@@ -163,7 +163,7 @@ def poison_if_not_finite(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def why_skipped(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Batch], tally: Tally, finite: bool) -> str:
+def why_skipped(engine: Engine, config: Model, mesh: Mesh, batches: list[Batch], tally: Tally, finite: bool) -> str:
     """One line that names the ranks and parameters behind a skipped step; collective over all ranks.
 
     finite: whether this rank's loss was. If every rank's loss is finite the micro-batches are differentiated once more,
@@ -175,7 +175,7 @@ def why_skipped(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Bat
     loss_is_bad = gather_rows(torch.tensor([0 if finite else 1], device=engine.device), mesh.world).tolist()
     if any(loss_is_bad):
         return "not finite: the loss on rank " + ", ".join(str(rank) for rank, bad in enumerate(loss_is_bad) if bad)
-    if engine.stage == 3:
+    if not engine.whole:
         return "not finite: a gradient (ZeRO 3 keeps no whole weights to say which)"
     names = list(engine.names.values())
     bad = bad_gradients(engine, config, batches, load_share(tally.count_NE).float())
@@ -188,7 +188,7 @@ def why_skipped(engine: ZeroEngine, config: Model, mesh: Mesh, batches: list[Bat
     return "not finite: " + ("; ".join(found) or "the gradient norm; computed again, every gradient is finite")
 
 
-def bad_gradients(engine: ZeroEngine, config: Model, batches: list[Batch], load_NE: Tensor) -> list[int]:
+def bad_gradients(engine: Engine, config: Model, batches: list[Batch], load_NE: Tensor) -> list[int]:
     """Places in `engine.names` of the parameters whose gradient on this rank, before any reduction, is not finite.
 
     The model runs on stand-ins of its weights, whose gradients are looked at and freed one by one: DeepSpeed sees none
@@ -227,7 +227,7 @@ def move_expert_biases(routers: list[Router], count_NE: Tensor, rate: float) -> 
 
 
 @torch.no_grad()
-def evaluate(engine: ZeroEngine, mesh: Mesh, batches: Iterable[Batch]) -> float:
+def evaluate(engine: Engine, mesh: Mesh, batches: Iterable[Batch]) -> float:
     """Mean loss per labelled token over held-out batches of all data ranks, in nats."""
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)

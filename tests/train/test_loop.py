@@ -134,7 +134,7 @@ def test_five_skipped_steps_in_a_row_stop_the_run(corpus: Path, tmp_path: Path):
             passes.append(0)  # steps 1, 2 and 4 are good; from 6 on none is, so that 10 is the fifth bad one in a row
             return output[0] * math.nan if rank == 1 and len(passes) in (3, 5, *range(6, 99)) else output[0], output[1]
 
-        trainer.engine.engine.module.model.register_forward_hook(spoil)
+        trainer.engine.model.register_forward_hook(spoil)
         with pytest.raises(EngineError, match="5 steps in a row were skipped") as caught:
             fit(trainer)
         assert len(passes) == 9 and caught.value.exit_code == 70
