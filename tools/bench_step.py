@@ -66,18 +66,17 @@ def our_step(shape: Shape, precision: Literal["fp32", "bf16"], device) -> Callab
     """A step of the engine as launch/pretrain_moe.py runs it on one rank."""
     import torch
 
-    from moe_engine.config import Optimizer, Parallel, Run, Train
+    from moe_engine.config import Optimizer, Run, Train
     from moe_engine.data.loader import Batch
     from moe_engine.model.transformer import Transformer
     from moe_engine.parallel.mesh import Mesh
     from moe_engine.parallel.weight import initialise
+    from moe_engine.train.loop import make_engine
     from moe_engine.train.step import train_step
     from moe_engine.train.terms import pretraining_terms
-    from moe_engine.train.zero import ZeroEngine
 
     run = Run(
         model=model_config(shape),
-        parallel=Parallel(zero=0 if precision == "fp32" else 1),
         optimizer=Optimizer(lr=1e-4),
         train=Train(seq_length=LENGTH, micro_batch=SEQUENCES, global_batch=SEQUENCES, precision=precision),
     )
@@ -85,7 +84,7 @@ def our_step(shape: Shape, precision: Literal["fp32", "bf16"], device) -> Callab
     with device:
         model = Transformer(run.model, mesh)
     initialise(model, 0)
-    engine = ZeroEngine(model, run, mesh)
+    engine = make_engine(model, run, mesh)
     tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), device=device)
     positions = torch.arange(LENGTH, device=device).repeat(SEQUENCES, 1)
     batch = Batch(

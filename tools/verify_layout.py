@@ -170,14 +170,13 @@ def finite(error: float) -> float:
 
 def check_rank(rank: int, run: Run, case: Case, truth: Trace) -> Errors:
     """The engine itself, as launch/pretrain_moe.py runs it, against this rank's slices of the truth."""
+    from moe_engine.train.loop import make_engine
     from moe_engine.train.step import accumulate, finish
     from moe_engine.train.terms import pretraining_terms
-    from moe_engine.train.zero import ZeroEngine
 
     mesh = build_mesh(case.dp, case.ep, case.tp)
     transformer = build(run.model, mesh, run.parallel.replicate_attention_experts)
-    engine = ZeroEngine(transformer, run, mesh)
-    terms = pretraining_terms(run.model)
+    engine, terms = make_engine(transformer, run, mesh), pretraining_terms(run.model)
     starve_one_expert(iter(engine.routers))
     mine = {name: (p, note_of(p).local_slices()) for name, p in transformer.named_parameters()}
     gradient_error, norm_error, aux_error = 0.0, 0.0, 0.0

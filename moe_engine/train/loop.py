@@ -37,12 +37,12 @@ from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.collectives import gather_bytes, max_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, key_of
+from moe_engine.train.engine import Engine, OneRank
 from moe_engine.train.peak import peak_flops
 from moe_engine.train.schedule import learning_rate
 from moe_engine.train.state import load_state, load_weights, save_state
 from moe_engine.train.step import StepReport, evaluate, train_step
 from moe_engine.train.terms import Term, pretraining_terms
-from moe_engine.train.zero import ZeroEngine
 
 MAX_SKIPPED = 5  # skipped steps in a row that stop a run
 
@@ -53,7 +53,7 @@ class Trainer(NamedTuple):
     run: Run
     mesh: Mesh
     device: torch.device
-    engine: ZeroEngine
+    engine: Engine
     terms: tuple[Term, ...]
     loader: Loader
     held_out: list[OpenDomain]
@@ -95,8 +95,17 @@ def build(
         background=run.train.async_save,
         beat=partial(beat, 0, "writing a checkpoint"),
     )
-    engine, terms = ZeroEngine(model, run, mesh), pretraining_terms(run.model, loader.domains)
+    engine, terms = make_engine(model, run, mesh), pretraining_terms(run.model, loader.domains)
     return Trainer(run, mesh, device, engine, terms, loader, held_out, saver, log, requests or Requests(), beat)
+
+
+def make_engine(model: torch.nn.Module, run: Run, mesh: Mesh) -> Engine:
+    """The engine of a run: DeepSpeed's where data ranks share the work, or where it offloads the optimizer."""
+    if mesh.data.size == 1 and not run.parallel.offload_optimizer:
+        return OneRank(model, run, mesh)
+    from moe_engine.train.zero import ZeroEngine  # here: one data rank does not load DeepSpeed
+
+    return ZeroEngine(model, run, mesh)
 
 
 def fit(trainer: Trainer) -> None:

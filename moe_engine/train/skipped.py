@@ -10,11 +10,11 @@ from moe_engine.model.loss import IGNORE
 from moe_engine.model.router_losses import load_share
 from moe_engine.parallel.collectives import gather_rows, sum_
 from moe_engine.parallel.mesh import Mesh
+from moe_engine.train.engine import Engine
 from moe_engine.train.terms import Term, objective
-from moe_engine.train.zero import ZeroEngine
 
 
-def why_skipped(engine: ZeroEngine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch], finite: bool) -> str:
+def why_skipped(engine: Engine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch], finite: bool) -> str:
     """One line that names the ranks and parameters behind a skipped step; collective over all ranks.
 
     finite: whether this rank's loss was. If every rank's loss is finite the micro-batches are differentiated once more,
@@ -27,7 +27,7 @@ def why_skipped(engine: ZeroEngine, terms: Sequence[Term], mesh: Mesh, batches: 
     loss_is_bad = gather_rows(torch.tensor([0 if finite else 1], device=engine.device), mesh.world).tolist()
     if any(loss_is_bad):
         return "not finite: the loss on rank " + ", ".join(str(rank) for rank, bad in enumerate(loss_is_bad) if bad)
-    if engine.stage == 3:
+    if not engine.whole:
         return "not finite: a gradient (ZeRO 3 keeps no whole weights to say which)"
     names = list(engine.names.values())
     bad = bad_gradients(engine, terms, batches)
@@ -40,10 +40,10 @@ def why_skipped(engine: ZeroEngine, terms: Sequence[Term], mesh: Mesh, batches: 
     return "not finite: " + ("; ".join(found) or "the gradient norm; computed again, every gradient is finite")
 
 
-def bad_gradients(engine: ZeroEngine, terms: Sequence[Term], batches: Sequence[Batch]) -> list[int]:
+def bad_gradients(engine: Engine, terms: Sequence[Term], batches: Sequence[Batch]) -> list[int]:
     """Places in `engine.names` of the parameters whose gradient on this rank, before any reduction, is not finite.
 
-    The model runs on stand-ins of its weights, whose gradients are looked at and freed one by one: DeepSpeed sees none
+    The model runs on stand-ins of its weights, whose gradients are looked at and freed one by one: the engine sees none
     of it, and the pass needs no more memory than a step. Divisors and the global load are those of the micro-batch: the
     question is what is finite.
     """

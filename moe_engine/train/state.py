@@ -1,4 +1,4 @@
-"""The training state between a ZeroEngine and a checkpoint: master weights, Adam moments, expert biases, random state.
+"""The training state between an Engine and a checkpoint: master weights, Adam moments, expert biases, random state.
 
 Weights travel under their global names and places; a run may continue on another layout than the one that wrote the
 checkpoint. The order of the data is a function of the seed and the position, so it continues anywhere too.
@@ -22,10 +22,10 @@ from moe_engine.checkpoint.saver import Saver, Shard
 from moe_engine.checkpoint.source import Source
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import key_of, note_of
-from moe_engine.train.zero import OwnedSlice, ZeroEngine
+from moe_engine.train.engine import Engine, OwnedSlice
 
 
-def save_state(engine: ZeroEngine, mesh: Mesh, saver: Saver, step: int, manifest: dict[str, Any]) -> Path | None:
+def save_state(engine: Engine, mesh: Mesh, saver: Saver, step: int, manifest: dict[str, Any]) -> Path | None:
     """Checkpoint after `step` optimizer steps; collective. `manifest` holds "run", "data" and "tokens".
 
     Returns the folder that was completed, of this step or, with a background save, the one before.
@@ -62,7 +62,7 @@ def save_state(engine: ZeroEngine, mesh: Mesh, saver: Saver, step: int, manifest
 
 
 @torch.no_grad()
-def load_state(engine: ZeroEngine, mesh: Mesh, folder: Path, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def load_state(engine: Engine, mesh: Mesh, folder: Path, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Fill the engine from a verified checkpoint, written on any layout; returns its manifest.
 
     beat: called as it goes on. The random state continues on the layout that wrote it; on another one each rank starts
@@ -97,7 +97,7 @@ def load_state(engine: ZeroEngine, mesh: Mesh, folder: Path, beat: Callable[[], 
 
 
 @torch.no_grad()
-def load_weights(engine: ZeroEngine, source: Source, beat: Callable[[], None] = lambda: None) -> list[str]:
+def load_weights(engine: Engine, source: Source, beat: Callable[[], None] = lambda: None) -> list[str]:
     """Fill the masters from a source that holds a model of the same shapes; each rank reads its own elements. Returns
     the weights in which they are not all finite.
 

@@ -18,10 +18,10 @@ from moe_engine.model.router_losses import load_share
 from moe_engine.model.transformer import Output
 from moe_engine.parallel.collectives import sum_
 from moe_engine.parallel.mesh import Mesh
+from moe_engine.train.engine import Engine
 from moe_engine.train.skipped import why_skipped
 from moe_engine.train.tally import Tally
 from moe_engine.train.terms import Measure, Term, global_counts, objective
-from moe_engine.train.zero import ZeroEngine
 
 
 class StepReport(NamedTuple):
@@ -37,7 +37,7 @@ class StepReport(NamedTuple):
 
 
 def train_step(
-    engine: ZeroEngine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch], lr: float, bias_rate: float = 0.0
+    engine: Engine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch], lr: float, bias_rate: float = 0.0
 ) -> StepReport:
     """One step on this data rank's micro-batches (already on the device); collective over all ranks.
 
@@ -47,7 +47,7 @@ def train_step(
     return finish(engine, terms, mesh, batches, tally, lr, bias_rate)
 
 
-def accumulate(engine: ZeroEngine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch]) -> Tally:
+def accumulate(engine: Engine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch]) -> Tally:
     """Forward and backward of every micro-batch; the gradients are then complete, the weights untouched."""
     counts = global_counts(terms, batches, mesh.data)
     needs_load = any(term.needs_load for term in terms)
@@ -68,7 +68,7 @@ def accumulate(engine: ZeroEngine, terms: Sequence[Term], mesh: Mesh, batches: S
 
 
 def finish(
-    engine: ZeroEngine,
+    engine: Engine,
     terms: Sequence[Term],
     mesh: Mesh,
     batches: Sequence[Batch],
@@ -88,7 +88,7 @@ def finish(
 
 
 @torch.no_grad()
-def global_load(engine: ZeroEngine, mesh: Mesh, batches: Iterable[Batch]) -> list[Tensor]:
+def global_load(engine: Engine, mesh: Mesh, batches: Iterable[Batch]) -> list[Tensor]:
     """f_NE of the whole global batch, by a forward pass of every micro-batch before the first backward.
 
     With accumulation the exact global balancing loss needs the counts of micro-batches that have not run yet; the pass
@@ -120,7 +120,7 @@ def move_expert_biases(routers: list[Router], count_NE: Tensor, rate: float) -> 
 
 
 @torch.no_grad()
-def evaluate(engine: ZeroEngine, mesh: Mesh, batches: Iterable[Batch]) -> float:
+def evaluate(engine: Engine, mesh: Mesh, batches: Iterable[Batch]) -> float:
     """Mean loss per labelled token over held-out batches of all data ranks, in nats."""
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)

@@ -16,104 +16,61 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import deepspeed.runtime.zero.muon.muon_optimizer  # initialize loads it; imported here, forked ranks inherit it
 import torch
-import torch._dynamo  # AdamW loads it
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups, safe_get_full_grad
 from torch import Tensor, nn
 
 from moe_engine.config import Run
-from moe_engine.model.moe import MoE
-from moe_engine.parallel.collectives import sum_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import note_of
+from moe_engine.train.engine import Engine, OwnedSlice, StepOutcome, make_moments
 
 
-class StepOutcome(NamedTuple):
-    """grad_norm: global, before clipping; nan when it was not finite and the step was skipped, on all ranks alike."""
-
-    grad_norm: float
-    skipped: bool
-
-
-class OwnedSlice(NamedTuple):
-    """This rank's part of one parameter's state: elements [start, start + numel) of the flattened local weight."""
-
-    name: str
-    start: int
-    master: Tensor
-    moments: dict[str, Tensor]
-    first_copy: bool  # no rank before this one holds the same values
-
-
-class ZeroEngine:
-    """A model under DeepSpeed: forward, backward, step, and the states that this rank owns."""
+class ZeroEngine(Engine):
+    """A model under DeepSpeed. At stage 0 all is whole, and DeepSpeed but sums the gradients."""
 
     def __init__(self, model: nn.Module, run: Run, mesh: Mesh):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # of a skipped step the loop says more
         warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # names that it still calls
-        self.model = model
-        self.mesh, self.stage, self.clip = mesh, run.parallel.zero, run.optimizer.clip_grad
-        self.names = {p: name for name, p in model.named_parameters()}
-        self.routers = [module.router for module in model.modules() if isinstance(module, MoE)]
-        self.by_expert = mesh.ep.size > 1
+        super().__init__(model, run, mesh)
+        self.whole = self.stage < 3
         mpu = _tell_deepspeed_the_layout(mesh)
         for parameter in self.names:
             self._mark(parameter)
-        optimizer = torch.optim.AdamW(
-            self._groups(run),
-            lr=run.optimizer.lr,
-            betas=(run.optimizer.beta1, run.optimizer.beta2),
-            eps=run.optimizer.eps,
-            fused=True,
-        )
-        carrier = _Carrier(
-            model, max(run.model.num_local_experts, run.model.num_attention_experts) if self.by_expert else 0
-        )
+        experts = max(run.model.num_local_experts, run.model.num_attention_experts)
+        carrier = _Carrier(model, experts if self.by_expert else 0)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures
             self.engine: Any = deepspeed.initialize(
                 model=carrier,
-                optimizer=optimizer,  # pyright: ignore[reportArgumentType]
+                optimizer=self.adamw(run),  # pyright: ignore[reportArgumentType]
                 config=_deepspeed_config(run, mesh),
                 mpu=mpu,
                 dist_init_required=False,
             )[0]
+        self.optimizer = self.engine.optimizer
         # the object that keeps flat fp32 partitions; stage 0, which is fp32, steps the weights themselves
-        self.flat: Any = None if self.stage == 0 else self.engine.optimizer
-        if mesh.data.size == 1 and self.stage < 3 and not hasattr(self.engine.optimizer, "reduce_gradients"):
-            self.engine.enable_backward_allreduce = False  # it would copy every gradient to a bucket and back
+        self.flat: Any = None if self.stage == 0 else self.optimizer
         for router in self.routers:  # DeepSpeed cast every buffer to bf16; biases are fp32, and zero at this point
             if router.expert_bias is not None:
                 router.expert_bias = router.expert_bias.float()
-        self.device = next(iter(self.names)).device
 
     def forward(self, *inputs: Tensor | None) -> Any:
-        """The model's forward under DeepSpeed's hooks."""
         return self.engine(*inputs)
 
-    def train(self) -> None:
-        """Training mode: dropout-like noise (router jitter) on."""
-        self.engine.train()
-
-    def eval(self) -> None:
-        """Evaluation mode: no noise."""
-        self.engine.eval()
-
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of this rank's part of the global mean loss; `last` marks the step's last micro-batch."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.mesh.data.size, scale_wrt_gas=False)
 
     def step(self, lr: float) -> StepOutcome:
-        """Clip by the global norm and step at `lr`; skipped on all ranks alike when the norm is not finite."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
         if self.flat is None:
-            return self._step_replicated()
+            return super().step(lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         skipped_before = self.engine.skipped_steps
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)
@@ -121,29 +78,23 @@ class ZeroEngine:
         return StepOutcome(math.nan if skipped else norm, skipped)
 
     def gradients(self) -> dict[str, Tensor]:
-        """The complete gradient of every local weight, fp32, after the last backward and before `step`; collective."""
-        if self.stage == 0:
-            return {name: p.grad.float() for p, name in self.names.items() if p.grad is not None}
+        if self.flat is None:
+            return super().gradients()
         return {name: safe_get_full_grad(p) for p, name in self.names.items()}  # pyright: ignore[reportReturnType]
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers; the weights stay."""
         self.engine.destroy()
 
     def owned(self) -> Iterator[OwnedSlice]:
-        """The fp32 master values and Adam moments that this rank owns, as writable views, parameter by parameter."""
+        if self.flat is None:
+            yield from super().owned()
+            return
         for parameter, name in self.names.items():
-            note = note_of(parameter)
-            first_copy = note.tensor_parallel or self.mesh.tp.rank == 0
-            if self.flat is None:
-                replicas = self.mesh.dp if note.expert and self.by_expert else self.mesh.data
-                states = self.engine.optimizer.state.get(parameter, {})
-                moments = {key: value.view(-1) for key, value in states.items()}
-                yield OwnedSlice(name, 0, parameter.data.view(-1), moments, first_copy and replicas.rank == 0)
-            elif (place := self._place(parameter)) is not None:
+            if (place := self._place(parameter)) is not None:
                 flat, part, start = place
                 states = self.flat.optimizer.state.get(flat, {})
                 moments = {key: v.view(-1) if key == "step" else v[part] for key, v in states.items()}
+                first_copy = note_of(parameter).tensor_parallel or self.mesh.tp.rank == 0
                 yield OwnedSlice(name, start, flat.data[part], moments, first_copy)
 
     def _place(self, parameter: Any) -> tuple[Tensor, slice, int] | None:
@@ -161,14 +112,9 @@ class ZeroEngine:
         return flat, slice(address.start, address.start + address.numel), mapping.lp_fragment_address.start
 
     def create_optimizer_states(self) -> None:
-        """AdamW makes its moments on the first step; a checkpoint needs them before."""
-        inner = self.engine.optimizer if self.flat is None else self.flat.optimizer
-        for master in self.names if self.flat is None else self._flat_masters():
-            inner.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
+        if self.flat is None:
+            return super().create_optimizer_states()
+        make_moments(self.flat.optimizer, self._flat_masters())
 
     def _flat_masters(self) -> list[Tensor]:
         """DeepSpeed's flat fp32 partitions of this rank; each of its optimizers calls them by another name."""
@@ -177,32 +123,14 @@ class ZeroEngine:
 
     @torch.no_grad()
     def weights_from_masters(self) -> None:
-        """After the masters were written: the weights that forward reads, on every rank."""
         if self.stage == 3:
             for low, master in zip(self.flat.fp16_partitioned_groups_flat, self._flat_masters(), strict=True):
                 low.copy_(master)
         elif self.flat is not None:
             self.flat.update_lp_params()
 
-    def _step_replicated(self) -> StepOutcome:
-        """Stage 0: gradients are whole on every rank; DeepSpeed offers no norm for them, so it is taken here."""
-        squares = {axis: torch.zeros((), dtype=torch.float64, device=self.device) for axis in ("", "tp", "ep", "ep tp")}
-        for parameter in self.names:
-            note, grad = note_of(parameter), parameter.grad
-            if grad is not None:
-                cut = " ".join(a for a, is_cut in (("ep", note.expert), ("tp", note.tensor_parallel)) if is_cut)
-                squares[cut] += torch.linalg.vector_norm(grad, dtype=torch.float32).double().square()
-        for cut in squares:
-            for axis in cut.split():
-                sum_(squares[cut], self.mesh.ep if axis == "ep" else self.mesh.tp)
-        norm = float(sum(squares.values()) ** 0.5)  # pyright: ignore[reportArgumentType]
-        if not math.isfinite(norm):
-            self.engine.optimizer.zero_grad()
-            return StepOutcome(math.nan, True)
-        if self.clip and norm > self.clip:
-            torch._foreach_mul_([p.grad for p in self.names if p.grad is not None], self.clip / (norm + 1e-6))
+    def _advance(self) -> None:
         self.engine.step()
-        return StepOutcome(norm, False)
 
     def _mark(self, parameter: nn.Parameter) -> None:
         """DeepSpeed's own attributes for expert and tensor-parallel parameters, from the weight's note."""
@@ -213,19 +141,6 @@ class ZeroEngine:
         if note.tensor_parallel and self.mesh.tp.size > 1:
             parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
             parameter.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _groups(self, run: Run) -> list[dict[str, Any]]:
-        """Matrices decay, vectors (norms) do not; experts have a group of their own when ep > 1."""
-        kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for parameter in self.names:
-            note = note_of(parameter)
-            kinds.setdefault((note.expert and self.by_expert, len(note.shape) > 1), []).append(parameter)
-        out = []
-        for (expert, decays), parameters in kinds.items():
-            group = {"params": parameters, "weight_decay": run.optimizer.weight_decay if decays else 0.0}
-            name = f"ep_size_{self.mesh.ep.size}" if expert else f"dense_{'matrices' if decays else 'vectors'}"
-            out.append(group | {"name": name} | ({"moe": True} if expert else {}))
-        return out
 
 
 class _Carrier(nn.Module):

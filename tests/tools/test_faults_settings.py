@@ -13,7 +13,8 @@ from moe_engine import config_cli, config_layout, config_report
 from moe_engine.checkpoint import compare
 from moe_engine.model.moe import Router
 from moe_engine.train import step
-from moe_engine.train.zero import StepOutcome, ZeroEngine
+from moe_engine.train.engine import StepOutcome
+from moe_engine.train.zero import ZeroEngine
 from tools.faults import numbers
 from tools.faults.arena import Arena
 from tools.faults.numbers import NUMBERS

@@ -13,8 +13,8 @@ from moe_engine.log import Logger
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, note_of
-from moe_engine.train.loop import Trainer, build
-from moe_engine.train.zero import ZeroEngine
+from moe_engine.train.engine import Engine
+from moe_engine.train.loop import Trainer, build, make_engine
 
 SEQUENCES, LENGTH = 16, 8
 MODEL = Model(
@@ -69,11 +69,11 @@ def transformer_of(run: Run, mesh: Mesh) -> Transformer:
     return model
 
 
-def engine_of(run: Run, mesh: Mesh) -> ZeroEngine:
-    return ZeroEngine(transformer_of(run, mesh), run, mesh)
+def engine_of(run: Run, mesh: Mesh) -> Engine:
+    return make_engine(transformer_of(run, mesh), run, mesh)
 
 
-def parameters_of(engine: ZeroEngine) -> dict[str, Tensor]:
+def parameters_of(engine: Engine) -> dict[str, Tensor]:
     """Name -> a copy of this rank's part of each weight."""
     return {name: p.detach().clone() for p, name in engine.names.items()}
 

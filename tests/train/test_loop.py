@@ -136,7 +136,7 @@ def test_five_skipped_steps_in_a_row_stop_the_run(corpus: Path, tmp_path: Path):
             bad = rank == 1 and len(passes) in (3, 5, *range(6, 99))
             return output._replace(loss_T=output.loss_T * math.nan) if bad else output
 
-        trainer.engine.engine.module.model.register_forward_hook(spoil)
+        trainer.engine.model.register_forward_hook(spoil)
         with pytest.raises(EngineError, match="5 steps in a row were skipped") as caught:
             fit(trainer)
         assert len(passes) == 9 and caught.value.exit_code == 70

@@ -9,9 +9,9 @@ from torch import Tensor
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import note_of
+from moe_engine.train.loop import make_engine
 from moe_engine.train.step import train_step
 from moe_engine.train.terms import pretraining_terms
-from moe_engine.train.zero import ZeroEngine
 from tests.train.small import my_batches, parameters_of, run_of, transformer_of
 
 EXPERT, DENSE = "layers.1.ffn.experts.w_down", "layers.0.attention.q.weight"
@@ -53,7 +53,7 @@ def train(mesh: Mesh, settings: dict[str, Any], where: str, bad_rank: int, value
     run = run_of(mesh.dp.size, mesh.ep.size, mesh.tp.size, accumulation=2, **settings)
     model = transformer_of(run, mesh)
     fault = Fault(model, where, mesh.world.rank == bad_rank, value)
-    engine = ZeroEngine(model, run, mesh)
+    engine = make_engine(model, run, mesh)
     reports, weights = [], []
     for step, spoil in ((0, False), (1, True), (2, False)) if faulty else ((0, False), (2, False)):
         fault.armed = spoil
@@ -112,7 +112,7 @@ def test_a_batch_without_labels_is_skipped_and_named():
     def on_rank(rank: int) -> tuple[str | None, float]:
         mesh = build_mesh(1, 2, 1)
         run = run_of(1, 2, 1)
-        engine = ZeroEngine(transformer_of(run, mesh), run, mesh)
+        engine = make_engine(transformer_of(run, mesh), run, mesh)
         before = {name: p.detach().clone() for p, name in engine.names.items()}
         blank = [b._replace(labels_BS=torch.full_like(b.labels_BS, -100)) for b in my_batches(run, mesh, 0)]
         report = train_step(engine, pretraining_terms(run.model), mesh, blank, 1e-2)

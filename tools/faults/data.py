@@ -47,9 +47,10 @@ def no_labels(arena: Arena, count: int) -> Injections:
 
 
 def blanked(arena: Arena, ranks: int, accumulation: int, all_blank: bool, zero: int) -> str | None:
+    import moe_engine.train.zero  # noqa: F401 (imported before the ranks are forked)
+    from moe_engine.train.loop import make_engine
     from moe_engine.train.step import evaluate, train_step
     from moe_engine.train.terms import pretraining_terms
-    from moe_engine.train.zero import ZeroEngine  # imported before the ranks are forked
     from tools.faults.ranks import run_of
 
     micro_batch = 4 // accumulation
@@ -61,7 +62,7 @@ def blanked(arena: Arena, ranks: int, accumulation: int, all_blank: bool, zero: 
         good = random_batches(ranks * accumulation, micro_batch, run.model.vocab_size)
         blank = [batch._replace(labels_BS=torch.full_like(batch.labels_BS, -100)) for batch in good]
         spoiled = blank if all_blank else [blank[0], *good[1:]]
-        engine, fresh = (ZeroEngine(transformer_of(run, mesh), run, mesh) for _ in range(2))
+        engine, fresh = (make_engine(transformer_of(run, mesh), run, mesh) for _ in range(2))
         wanted = evaluate(engine, mesh, spoiled[rank::ranks])
         terms = pretraining_terms(run.model)
         report = train_step(engine, terms, mesh, spoiled[rank::ranks], 1e-2)

@@ -25,10 +25,10 @@ from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import initialise, note_of
-from moe_engine.train.loop import MAX_SKIPPED, build, fit
+from moe_engine.train.engine import Engine
+from moe_engine.train.loop import MAX_SKIPPED, build, fit, make_engine
 from moe_engine.train.step import accumulate, finish
 from moe_engine.train.terms import pretraining_terms
-from moe_engine.train.zero import ZeroEngine
 from tools.faults.arena import Arena, Fault, Injections
 from tools.faults.ranks import LENGTH, Layout, run_of
 
@@ -145,7 +145,7 @@ def train_spoiled(rank: int, run: Run, poison: Poison) -> tuple[list[str], list[
     return [line for line in log.said if "skipped" in line], moved, code
 
 
-def state_of(engine: ZeroEngine) -> dict[str, bytes]:
+def state_of(engine: Engine) -> dict[str, bytes]:
     """Weights, masters, moments, step counts and expert biases of this rank, byte by byte."""
     state = {name: p for p, name in engine.names.items()}
     for part in engine.owned():
@@ -200,7 +200,7 @@ def check_load(rank: int, run: Run, load: Load, seed: int) -> None:
     mesh = build_mesh(run.parallel.dp, run.parallel.ep, run.parallel.tp)
     transformer = Transformer(run.model, mesh)
     initialise(transformer, 0)
-    engine = ZeroEngine(transformer, run, mesh)
+    engine = make_engine(transformer, run, mesh)
     tilt(engine.routers, load)
     whole = random_batch(run, load, seed)
     rows = mesh.data.cut(len(whole.tokens_BS))
