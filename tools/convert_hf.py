@@ -118,6 +118,7 @@ def verify(options: argparse.Namespace) -> int:
     from moe_engine.checkpoint.hf.carried import of_checkpoint
     from moe_engine.checkpoint.hf.export import open_checkpoint
     from moe_engine.checkpoint.hf.folder import HfFolder
+    from moe_engine.checkpoint.hf.tokenizer_files import as_trained
     from moe_engine.checkpoint.weights_only import WHOLE_COPY
     from moe_engine.config_hf import differences
 
@@ -132,7 +133,8 @@ def verify(options: argparse.Namespace) -> int:
             different.append(f"{name}: {there} in the folder, {here} in the checkpoint")
     for key, (here, there) in differences(model, folder.model).items():
         different.append(f"model.{key}: {there} in the folder, {here} in the checkpoint")
-    different += side_differences(folder.side, of_checkpoint(options.checkpoint))
+    side = as_trained(of_checkpoint(options.checkpoint), reader.manifest.get("tokenizer"), model.vocab_size)
+    different += side_differences(folder.side, side)
     with bar(sum(entry.nbytes for entry in folder.entries.values()), "verify") as beat:
         for name, place in folder.places.items() if not different else ():
             ours = reader.part(place.weight, place.box)

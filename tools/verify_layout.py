@@ -142,13 +142,16 @@ def reference(model: Model, case: Case) -> Trace:
         batch = global_batch(config, step)
         micros = [cut(batch, i, case.micro_batch) for i in range(0, SEQUENCES, case.micro_batch)]
         outputs = [transformer(m.tokens_BS, m.positions_BS, m.labels_BS) for m in micros]
-        kinds = zip(*(output.stats for output in outputs))
-        load = [load_share(torch.stack([stats.count_NBE.sum(1) for stats in kind]).sum(0)) for kind in kinds]
-        balance = sum(balance_loss(case.aux, output.stats, load) for output in outputs) / len(outputs)
-        z = sum(z_loss(output.stats) for output in outputs) / len(outputs)
-        token_losses = sum(output.loss_T.sum() for output in outputs) / (batch.labels_BS != -100).sum()
-        (token_losses + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z).backward()
-        aux_values.append(float(balance))
+        loss = sum((output.loss_T.sum() for output in outputs), torch.zeros(())) / (batch.labels_BS != -100).sum()
+        aux_values.append(0.0)
+        if outputs[0].stats:
+            kinds = zip(*(output.stats for output in outputs))
+            load = [load_share(torch.stack([stats.count_NBE.sum(1) for stats in kind]).sum(0)) for kind in kinds]
+            balance = torch.stack([balance_loss(case.aux, output.stats, load) for output in outputs]).mean()
+            z = torch.stack([z_loss(output.stats) for output in outputs]).mean()
+            loss = loss + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+            aux_values[-1] = float(balance.detach())
+        loss.backward()
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
         norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), run.optimizer.clip_grad)))
@@ -192,9 +195,8 @@ def check_rank(rank: int, run: Run, case: Case, truth: Trace) -> Errors:
         report = finish(engine, terms, mesh, micros, tally, run.optimizer.lr)
         assert report.skipped is None, report.skipped
         norm_error = max(norm_error, finite(report.grad_norm / truth.norms[step] - 1))
-        aux_error = max(
-            aux_error, finite((float(report.measures["aux_loss"]) - truth.aux[step]) / (truth.aux[step] or 1.0))
-        )
+        aux, truth_aux = float(report.measures.get("aux_loss", 0.0)), truth.aux[step]
+        aux_error = max(aux_error, finite((aux - truth_aux) / (truth_aux or 1.0)))
     weights_error = max(relative(p.detach(), truth.weights[name][at]) for name, (p, at) in mine.items())
     engine.close()
     return Errors(gradient_error, norm_error, aux_error, weights_error)

@@ -68,7 +68,7 @@ def test_weights_that_do_not_move_come_out_as_they_went_in(
     same_tensors(out, hf)
     was, now = (json.loads((folder / "config.json").read_text()) for folder in (hf, out))
     assert now["rope_theta"] == was["rope_parameters"]["rope_theta"] and now["torch_dtype"] == was["dtype"]
-    assert not {"rope_parameters", "dtype", "num_local_experts"} & now.keys() and now["eos_token_id"] == 2
+    assert not {"rope_parameters", "dtype", "num_local_experts"} & now.keys() and now["eos_token_id"] == 256
     assert now.get("num_experts") == was.get("num_local_experts")
 
 

@@ -216,7 +216,7 @@ ALLOWED = {  # in spite of their sections: where things lie, how often they are 
     *("data.tokenizer", "data.domains.path", "train.out", "train.resume", "train.save_every", "train.async_save"),
     *("train.keep_last", "train.keep_every", "train.on_save_error", "train.step_timeout", "train.recompute"),
     *("train.eval_every", "train.eval_batches", "train.log_every", "train.init_from", "train.export_hf"),
-    "train.hf_version",
+    *("train.hf_version", "data.allow_other_tokenizer"),
 }
 WARNED = {  # of the model, what weighs in training alone
     *("model.router_aux_loss", "model.router_aux_loss_coef", "model.router_z_loss_coef", "model.router_jitter_noise"),

@@ -107,7 +107,7 @@ def configured() -> Iterator[tuple[str, Speaker]]:
     yield "a configuration that is a list", file(f"{EVIL}.yaml", [1], "--config", f"{here}.yaml")
     yield "a model's name", file(f"{EVIL}.yaml", {"x": 1}, "--model", f"{here}.yaml")
     yield "a model that is not there", said("--model", EVIL)
-    yield "a model's keys", file("c.json", {"model_type": "llama", EVIL: EVIL}, "--model", "FOLDER/c.json")
+    yield "a model's keys", file("c.json", {"model_type": "llama", "hidden_act": EVIL}, "--model", "FOLDER/c.json")
     yield "a config.json's name", file(f"{EVIL}.json", {"model_type": 1}, "--model", f"{here}.json")
     yield "a DeepSpeed file's keys", file("d.json", {EVIL: {EVIL: EVIL}}, "--deepspeed", "FOLDER/d.json")
     yield "a DeepSpeed schedule", file("d.json", {"scheduler": {EVIL: 1}}, "--deepspeed", "FOLDER/d.json")

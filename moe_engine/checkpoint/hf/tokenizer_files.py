@@ -62,10 +62,7 @@ def _beginning(tokenizer: dict[str, Any], bos_id: int | None) -> dict[str, Any]:
     post = tokenizer.get("post_processor")
     parts = post["processors"] if post and post["type"] == "Sequence" else [post] if post else []
     templates = [part for part in parts if part["type"] != "ByteLevel"]  # which changes no ids
-    added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or ()}
-    vocab = tokenizer["model"]["vocab"]
-    pieces = vocab.items() if isinstance(vocab, dict) else ((piece, i) for i, (piece, _) in enumerate(vocab))
-    bos = None if bos_id is None else added.get(bos_id) or next((piece for piece, i in pieces if i == bos_id), None)
+    bos = None if bos_id is None else _piece(tokenizer, bos_id)
     if bos_id is not None and bos is None:
         return tokenizer  # tokenizer_config.json adds the token, and says when it is placed
     a, b = ([{"Sequence": {"id": name, "type_id": i}}] for i, name in enumerate("AB"))
@@ -76,6 +73,14 @@ def _beginning(tokenizer: dict[str, Any], bos_id: int | None) -> dict[str, Any]:
     template = {"type": "TemplateProcessing", "single": begin + a, "pair": begin + a + b, "special_tokens": token}
     kept = [part for part in parts if part["type"] == "ByteLevel"] + [template]
     return tokenizer | {"post_processor": {"type": "Sequence", "processors": kept} if len(kept) > 1 else template}
+
+
+def _piece(tokenizer: dict[str, Any], token_id: int) -> str | None:
+    """The text of a token in a tokenizer.json."""
+    added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or ()}
+    vocab = tokenizer["model"]["vocab"]
+    pieces = vocab.items() if isinstance(vocab, dict) else ((piece, i) for i, (piece, _) in enumerate(vocab))
+    return added.get(token_id) or next((piece for piece, i in pieces if i == token_id), None)
 
 
 def _with(content: bytes, change: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:
