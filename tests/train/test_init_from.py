@@ -244,7 +244,9 @@ def test_case_07_a_run_keeps_what_goes_along_and_its_export_has_it(
     for name, content in files.items():
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(content)
-    (source / "config.json").rename(source / "real.json")
+    said = json.loads((source / "config.json").read_text()) | {"eos_token_id": 256}  # that of the text, which is bytes
+    (source / "real.json").write_text(json.dumps(said, indent=2))
+    (source / "config.json").unlink()
     (source / "config.json").symlink_to("real.json")
     read_hf(HfFolder(source), tmp_path / "imported")
     for start in ("source", "imported"):
@@ -329,4 +331,4 @@ def test_case_11c_a_run_is_exported_in_the_dtype_of_the_tensors_it_began_from(
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "again").values()} == {torch.bfloat16}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert loaded.dtype == torch.bfloat16
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["torch_dtype"] == "bfloat16"
