@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--importance", choices=kinds, default=kinds[0], help="how neurons are weighed (default the first)"
     )
     out.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text to look at (default: Python's own)")
-    out.add_argument("--text-tokens", type=int, default=65536, metavar="N", help="of it, for importance and routers")
+    out.add_argument("--text-tokens", type=int, default=16384, metavar="N", help="of it, for importance and routers")
     out.add_argument("--seq-length", type=int, default=512, metavar="N", help="tokens of one sequence of it")
     out.add_argument("--tokenizer", metavar="SPEC", help="default: the parent's")
     out.add_argument("--allow-nonfinite", action="store_true", help="take weights that are NaN or infinite")

@@ -56,12 +56,11 @@ def hidden_inputs(model: Transformer, tokens_S: Tensor) -> Tensor:
     return torch.stack([seen[layer] for layer in range(len(model.layers))])
 
 
-@torch.no_grad()
-def sequence_features(model: Transformer, batch: Batch, counted_BS: Tensor | None = None) -> Tensor:
-    """The mean feature[B, D], fp32, of each sequence's counted tokens."""
-    h_TD = model.hidden(batch.tokens_BS, batch.positions_BS)[0]
-    keep_BS1 = (_all(batch) if counted_BS is None else counted_BS).view(*batch.tokens_BS.shape, 1)
-    h_BSD = h_TD.float().view(*batch.tokens_BS.shape, -1)
+def sequence_features(h_TD: Tensor, shape: tuple[int, ...], counted_BS: Tensor | None = None) -> Tensor:
+    """The mean feature[B, D], fp32, of the counted tokens of each sequence; h of a batch of shape [B, S]."""
+    h_BSD = h_TD.float().view(*shape, -1)
+    every_BS = torch.ones(shape, dtype=torch.bool, device=h_TD.device)
+    keep_BS1 = (every_BS if counted_BS is None else counted_BS).unsqueeze(-1)
     return (h_BSD * keep_BS1).sum(dim=1) / keep_BS1.sum(dim=1).clamp(min=1)
 
 

@@ -6,11 +6,13 @@ an allowed size, 0 if it can be, until all have; what then still lies outside is
 Prices that fit are a proof that no assignment is better (complementary slackness).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+Array = np.ndarray[Any, Any]
 SWEEPS = 50  # over the prices, in one round
 
 
@@ -43,51 +45,58 @@ def kmeans(
 
 def assign(cost_NK: Tensor, low: int, high: int) -> Tensor:
     """The cluster of each point, at a small total cost, every cluster holding low to high points."""
-    price_K = cost_NK.new_zeros(cost_NK.shape[1])
-    label_N = cost_NK.argmin(dim=1)
+    return torch.from_numpy(_assign(cost_NK.cpu().numpy(), low, high)).to(cost_NK.device)
+
+
+def _assign(cost_NK: Array, low: int, high: int) -> Array:
+    """In numpy: prices need thousands of operations so small that handing them to threads takes most of the time."""
+    price_K = np.zeros_like(cost_NK[0])
+    label_N = cost_NK.argmin(axis=1)
     for _ in range(SWEEPS):
         if _fits(label_N, price_K, low, high):
             return label_N
         for cluster in range(cost_NK.shape[1]):
             price_K[cluster] = _price(cost_NK, price_K, cluster, low, high)
-        label_N = (cost_NK + price_K).argmin(dim=1)
+        label_N = (cost_NK + price_K).argmin(axis=1)
     return _moved(cost_NK + price_K, label_N, low, high)
 
 
-def _price(cost_NK: Tensor, price_K: Tensor, cluster: int, low: int, high: int) -> Tensor | float:
+def _price(cost_NK: Array, price_K: Array, cluster: int, low: int, high: int) -> float:
     """The price, nearest to 0, at which a cluster holds low to high points while the other prices stay."""
     elsewhere_NK = cost_NK + price_K
-    elsewhere_NK[:, cluster] = torch.inf
-    gain_N = elsewhere_NK.min(dim=1).values - cost_NK[:, cluster]  # a point comes while the price is below its gain
+    elsewhere_NK[:, cluster] = np.inf
+    gain_N = elsewhere_NK.min(axis=1) - cost_NK[:, cluster]  # a point comes while the price is below its gain
     points, free = len(gain_N), int((gain_N > 0).sum())
     size = min(max(free, low), high, points)
     if size == free:
         return 0.0
-    last = gain_N.kthvalue(points - size + 1).values if size else gain_N.max()
-    first_out = gain_N.kthvalue(points - size).values if size < points else last - 1
+    around = [place for place in (points - size - 1, points - size) if 0 <= place < points]
+    gain_N.partition(around)
+    last = gain_N[points - size] if size else gain_N[-1]
+    first_out = gain_N[points - size - 1] if size < points else last - 1
     return (last + first_out) / 2
 
 
-def _moved(cost_NK: Tensor, label_N: Tensor, low: int, high: int) -> Tensor:
+def _moved(cost_NK: Array, label_N: Array, low: int, high: int) -> Array:
     """Points moved one by one, each time the cheapest, out of a cluster that is too large or into one too small."""
-    clusters, free_K = cost_NK.shape[1], cost_NK.new_zeros(cost_NK.shape[1])
+    clusters, free_K = cost_NK.shape[1], np.zeros_like(cost_NK[0])
     while not _fits(label_N, free_K, low, high):
-        count_K = label_N.bincount(minlength=clusters)
+        count_K = np.bincount(label_N, minlength=clusters)
         if count_K.max() > high:
             gives_K, takes_K = count_K == count_K.max(), count_K < high
         else:
             gives_K, takes_K = count_K > low, count_K == count_K.min()
-        extra_NK = cost_NK - cost_NK.gather(1, label_N.unsqueeze(1))
-        extra_NK.masked_fill_(~gives_K[label_N].unsqueeze(1) | ~takes_K, torch.inf)
+        extra_NK = cost_NK - np.take_along_axis(cost_NK, label_N[:, None], axis=1)
+        extra_NK[~gives_K[label_N][:, None] | ~takes_K] = np.inf
         point, cluster = divmod(int(extra_NK.argmin()), clusters)
         label_N[point] = cluster
     return label_N
 
 
-def _fits(label_N: Tensor, price_K: Tensor, low: int, high: int) -> bool:
+def _fits(label_N: Array, price_K: Array, low: int, high: int) -> bool:
     """Whether every size is allowed, and every price needed: above 0 for a full cluster only, below for a least one."""
-    count_K = label_N.bincount(minlength=len(price_K))
-    least_K, most_K = torch.where(price_K > 0, high, low), torch.where(price_K < 0, low, high)
+    count_K = np.bincount(label_N, minlength=len(price_K))
+    least_K, most_K = np.where(price_K > 0, high, low), np.where(price_K < 0, low, high)
     return bool(((least_K <= count_K) & (count_K <= most_K)).all())
 
 

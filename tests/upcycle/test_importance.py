@@ -9,7 +9,7 @@ from moe_engine.errors import DataError
 from moe_engine.model.attention import inverse_frequencies, places
 from moe_engine.model.transformer import Transformer
 from moe_engine.upcycle.features import group_sequences, hidden_inputs, mlp_inputs, sequence_features
-from moe_engine.upcycle.importance import neuron_importance
+from moe_engine.upcycle.importance import importance_of_clusters, neuron_importance
 from tests.upcycle.small import DENSE, dense_model, relative
 
 GROUPS, LENGTH = 3, 16
@@ -116,8 +116,25 @@ def test_sequences_are_grouped_by_their_mean_feature() -> None:
     batch = Batch(ids, ids, torch.arange(LENGTH).expand(11, LENGTH), torch.zeros(11, dtype=torch.int64))
     counted_BS = torch.ones(11, LENGTH, dtype=torch.bool)
     counted_BS[3, 5:] = False
-    feature_BD = sequence_features(model, batch, counted_BS)
-    h_BSD = model.hidden(batch.tokens_BS, batch.positions_BS)[0].view(11, LENGTH, 48)
+    h_TD = model.hidden(batch.tokens_BS, batch.positions_BS)[0].detach()
+    feature_BD = sequence_features(h_TD, batch.tokens_BS.shape, counted_BS)
+    h_BSD = h_TD.view(11, LENGTH, 48)
     assert torch.allclose(feature_BD[3], h_BSD[3, :5].mean(dim=0), atol=1e-6)
     group_B = group_sequences(feature_BD, 2, seed=0)
     assert len(group_B[:6].unique()) == len(group_B[6:].unique()) == 1 and group_B[0] != group_B[10]
+
+
+@pytest.mark.parametrize("variant", ["feature_change", "total", "feature_grad"])
+def test_case_21_clusters_and_their_importances_come_of_one_pass(variant: str) -> None:
+    """The same numbers as of a pass for the features, a grouping, and a pass for the gradients."""
+    model, given = dense_model(), batches()
+    hidden = [model.hidden(batch.tokens_BS, batch.positions_BS)[0].detach() for batch in given]
+    features = [sequence_features(h_TD, batch.tokens_BS.shape) for h_TD, batch in zip(hidden, given, strict=True)]
+    groups = group_sequences(torch.cat(features), 2, seed=0).split([len(batch.tokens_BS) for batch in given])
+    grouped = [batch._replace(domain_B=group_B) for batch, group_B in zip(given, groups, strict=True)]
+    wanted = neuron_importance(model, grouped, 2, variant=variant)  # pyright: ignore[reportArgumentType]
+    passes: list[int] = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    found = importance_of_clusters(model, given, 2, 0, variant)  # pyright: ignore[reportArgumentType]
+    assert len(passes) == len(given)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)

@@ -16,14 +16,15 @@ from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import key_of
 from moe_engine.upcycle import SCORED, Options, routers, virtual
-from moe_engine.upcycle.features import group_sequences, mlp_inputs, sequence_features
-from moe_engine.upcycle.importance import neuron_importance
+from moe_engine.upcycle.features import mlp_inputs
+from moe_engine.upcycle.importance import importance_of_clusters, neuron_importance
 from moe_engine.upcycle.prompts import prompt_rows
 from tools.upcycling.flags import OF_FEATURES, OF_PROMPTS
 from tools.upcycling.source import RouterRows
 from tools.upcycling.text import Text, batches
 
 FEATURE_BYTES = 1 << 30  # of layers' inputs, held at once
+PASS_TOKENS = 2048  # that go forward and backward at once: their logits and gradients are held in fp32
 
 
 class Observed(NamedTuple):
@@ -101,15 +102,15 @@ def importance(
 ) -> Tensor:
     """score[N, E, F] over the groups that the gates make of tokens, or without gates of sequences that are alike."""
     group_B = torch.zeros(len(tokens_BS), dtype=torch.int64)
+    given = batches(tokens_BS, group_B, max(1, PASS_TOKENS // tokens_BS.shape[1]))
     if gates is None:
         if len(tokens_BS) < options.experts:
             raise DataError(
                 f"{len(tokens_BS)} sequences of {tokens_BS.shape[1]} tokens, fewer than --experts {options.experts}: "
                 "give more --text and --text-tokens, or a smaller --seq-length"
             )
-        each = [sequence_features(dense, batch) for batch in batches(tokens_BS, group_B)]
-        group_B = group_sequences(torch.cat(each), options.experts, options.seed)
-    return neuron_importance(dense, batches(tokens_BS, group_B), options.experts, gates, variant)
+        return importance_of_clusters(dense, given, options.experts, options.seed, variant)
+    return neuron_importance(dense, given, options.experts, gates, variant)
 
 
 def load(source: Any, model: Any) -> Transformer:
