@@ -112,6 +112,13 @@ def other_problems(run: Run) -> list[str]:
         )
     if parallel.zero == 0 and parallel.offload_optimizer:
         problems.append("parallel.offload_optimizer: found true with zero 0, expected zero 1, 2 or 3")
+    size, under_deepspeed = parallel.allgather_bucket_size, run.data_ranks > 1 or parallel.offload_optimizer
+    if parallel.zero in (1, 2) and size % 2 and under_deepspeed:  # its nccl_start_alignment_factor
+        near = f"{size - 1} or {size + 1}" if size > 1 else "2"
+        problems.append(
+            f"parallel.allgather_bucket_size: found {size} with zero {parallel.zero}, expected an even number, such as "
+            f"{near}: DeepSpeed gathers elements in pairs"
+        )
     plane = parallel.ep * train.micro_batch * train.seq_length
     if model.num_attention_moe_layers and plane >= 1 << 24:
         problems.append(
@@ -175,6 +182,7 @@ def differs_from_default(run: Run, dotted: str) -> bool:
     return getattr(part, key, None) != type(part).model_fields[key].default
 
 
+OF_ZERO = ("overlap_comm", "reduce_bucket_size", "allgather_bucket_size")
 ROUTING_KEYS = (
     "num_experts_per_tok moe_intermediate_size shared_intermediate_size norm_topk_prob routed_scaling_factor "
     "capacity_factor expert_bias_update_rate"
@@ -187,6 +195,7 @@ def without_effect(run: Run, given: set[str]) -> list[str]:
     """Warnings on settings that change nothing, among the dotted keys that the user wrote (`given`)."""
     model, parallel, train, data = run.model, run.parallel, run.train, run.data
     top_k, dense, routed = model.num_experts_per_tok, not model.num_moe_layers, model.num_attention_moe_layers
+    alone = parallel.zero > 0 and run.data_ranks == 1 and not parallel.offload_optimizer
     roomy = max(1, model.num_local_experts) / top_k
     rules = [
         *((f"model.{key}", dense, "no layer has experts") for key in ROUTING_KEYS),
@@ -198,9 +207,8 @@ def without_effect(run: Run, given: set[str]) -> list[str]:
         ("model.capacity_factor", (model.capacity_factor or 0) >= roomy, f"from {roomy:g} upwards no token is dropped"),
         ("model.router_aux_loss_coef", model.router_aux_loss == "none", "router_aux_loss is none"),
         ("model.router_aux_loss", model.router_aux_loss_coef == 0, "router_aux_loss_coef is 0"),
-        ("parallel.overlap_comm", parallel.zero == 0, "zero is 0"),
-        ("parallel.reduce_bucket_size", parallel.zero == 0, "zero is 0"),
-        ("parallel.allgather_bucket_size", parallel.zero == 0, "zero is 0"),
+        *((f"parallel.{key}", parallel.zero == 0, "zero is 0") for key in OF_ZERO),
+        *((f"parallel.{key}", alone, "one data rank shares nothing") for key in OF_ZERO),
         ("train.save_every", train.save_every > train.steps, "it is more than steps (the end is saved anyway)"),
         (
             "data.eval_fraction",

@@ -220,3 +220,26 @@ def test_a_dash_or_a_dot_that_is_missing(argv: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(argv, 1)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "argv", "refused"),
+    [
+        (1537, ["--dp", "2"], True),
+        (1, ["--ep", "2", "--zero", "1"], True),
+        (7, ["--offload-optimizer"], True),
+        (7, [], False),  # one data rank does without DeepSpeed
+        (7, ["--dp", "2", "--zero", "3"], False),
+        (1536, ["--dp", "2"], False),
+    ],
+)
+def test_case_14_a_bucket_that_deepspeed_cannot_use(size: int, argv: list[str], refused: bool) -> None:
+    """tests/train/test_zero.py asks DeepSpeed itself."""
+    argv = [*argv, "--set", f"parallel.allgather_bucket_size={size}", "--set", "parallel.reduce_bucket_size=7"]
+    if not refused:
+        loaded = load(argv, None)
+        assert any("one data rank" in line for line in loaded.warnings) == (loaded.run.data_ranks == 1)
+        return
+    with pytest.raises(ConfigError, match=f"allgather_bucket_size: found {size} .* an even number, such as") as caught:
+        load(argv, None)
+    assert str(size + 1) in str(caught.value) and "reduce_bucket_size" not in str(caught.value)

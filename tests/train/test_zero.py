@@ -1,11 +1,12 @@
 """ZeRO stages, precisions and offload: the same training by other means."""
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moe_engine.config_layout import layout_problems
+from moe_engine.config_layout import layout_problems, other_problems
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.step import train_step
@@ -13,6 +14,7 @@ from moe_engine.train.terms import pretraining_terms
 from tests.train.small import engine_of, my_batches, run_of
 
 STEPS = 5
+BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
 Trace = tuple[list[float], list[float], dict[str, np.ndarray]]
 
 
@@ -140,3 +142,25 @@ def test_owned_slices_cover_every_element_once(zero: int):
             inside = np.arange(parameter.numel()).reshape(parameter.shape)[tuple(slice(*side) for side in box)]
             places += inside.reshape(-1)[start : start + count].tolist()
         assert sorted(places) == list(range(parameter.numel())), name
+
+
+@pytest.mark.parametrize(("zero", "sizes"), [(1, (1, 7, 1537, 2, 1536)), (2, (1537, 1000)), (3, (1, 7, 1537))])
+def test_case_14_the_rule_on_bucket_sizes_is_deepspeeds(zero: int, sizes: tuple[int, ...]):
+    """What the layout check lets through runs, with the loss of large buckets, and what it refuses does not."""
+
+    def on_rank(rank: int) -> list[bool]:
+        mesh, usual, works = build_mesh(2, 1, 1), 0.0, []
+        for key, size in (("reduce_bucket_size", 1 << 20), *itertools.product(BUCKETS, sizes)):
+            run = run_of(2, 1, 1, zero=zero, **{key: size})
+            try:
+                engine, terms = engine_of(run, mesh), pretraining_terms(run.model)
+                reports = [train_step(engine, terms, mesh, my_batches(run, mesh, s), 1e-3) for s in range(2)]
+            except AssertionError:
+                works.append(False)
+                continue
+            usual = usual or reports[1].loss
+            works.append(reports[1].loss == usual)
+        return works
+
+    allowed = [True] + [not other_problems(run_of(2, 1, 1, zero=zero, **{k: n})) for k in BUCKETS for n in sizes]
+    assert run_on_ranks(on_rank, 2) == [allowed, allowed]
