@@ -105,15 +105,17 @@ def other_problems(run: Run) -> list[str]:
         problems.append(
             f"parallel.zero: found 3 with ep {parallel.ep}, expected 0, 1 or 2: ZeRO-3 works with ep 1 only"
         )
-    if parallel.zero == 0 and train.precision == "bf16":
+    if parallel.zero == 0 and train.precision == "bf16" and run.data_ranks > 1:
         problems.append(
             "parallel.zero: found 0 with precision bf16, expected 1, 2 or 3: DeepSpeed keeps fp32 master weights from "
             "stage 1 on"
         )
     if parallel.zero == 0 and parallel.offload_optimizer:
         problems.append("parallel.offload_optimizer: found true with zero 0, expected zero 1, 2 or 3")
-    size, under_deepspeed = parallel.allgather_bucket_size, run.data_ranks > 1 or parallel.offload_optimizer
-    if parallel.zero in (1, 2) and size % 2 and under_deepspeed:  # its nccl_start_alignment_factor
+    size, offload = parallel.allgather_bucket_size, parallel.offload_optimizer
+    # its nccl_start_alignment_factor, of which its optimizer for stage 1 in bf16 without offload asks nothing
+    in_pairs = parallel.zero == 2 or (parallel.zero == 1 and (train.precision == "fp32" or offload))
+    if in_pairs and size % 2 and (run.data_ranks > 1 or offload):
         near = f"{size - 1} or {size + 1}" if size > 1 else "2"
         problems.append(
             f"parallel.allgather_bucket_size: found {size} with zero {parallel.zero}, expected an even number, such as "

@@ -230,6 +230,8 @@ def test_a_dash_or_a_dot_that_is_missing(argv: list[str], words: str) -> None:
         (7, ["--offload-optimizer"], True),
         (7, [], False),  # one data rank does without DeepSpeed
         (7, ["--dp", "2", "--zero", "3"], False),
+        (7, ["--dp", "2", "--zero", "1", "--precision", "bf16"], False),  # another optimizer of DeepSpeed
+        (7, ["--dp", "2", "--zero", "1", "--precision", "bf16", "--offload-optimizer"], True),
         (1536, ["--dp", "2"], False),
     ],
 )

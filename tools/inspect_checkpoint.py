@@ -190,7 +190,7 @@ def moved(a: Path, b: Path, names: Sequence[str]) -> list[str]:
 def distance(was: "Tensor", now: "Tensor") -> str:
     """|now - was| / |was|, over the elements that are finite in both, and how many are not."""
     finite = was.isfinite() & now.isfinite()
-    was, now = was.where(finite, 0), now.where(finite, 0)
+    was, now = was.where(finite, 0).double(), now.where(finite, 0).double()
     strange = int((~finite).sum())
     rest = f" and {strange} NaN or infinite" if strange else ""
     return f"{float((now - was).norm() / was.norm().clamp(min=1e-30)):.3e}{rest}"

@@ -162,7 +162,7 @@ def reference(model: Model, case: Case) -> Trace:
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """2-norm of the difference over 2-norm; where the truth is all zero, any other value is infinitely wrong."""
-    difference, size = float((ours - theirs).norm()), float(theirs.norm())
+    difference, size = float((ours - theirs).double().norm()), float(theirs.double().norm())
     return finite(difference / size if size else (math.inf if difference else 0.0))
 
 

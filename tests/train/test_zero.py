@@ -9,9 +9,12 @@ import pytest
 from moe_engine.config_layout import layout_problems, other_problems
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
+from moe_engine.train.engine import OneRank
+from moe_engine.train.loop import make_engine
 from moe_engine.train.step import train_step
 from moe_engine.train.terms import pretraining_terms
-from tests.train.small import engine_of, my_batches, run_of
+from moe_engine.train.zero import ZeroEngine
+from tests.train.small import engine_of, my_batches, relative, run_of, transformer_of
 
 STEPS = 5
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
@@ -94,7 +97,8 @@ def test_stages_agree_in_bf16_as_far_as_bf16_goes(layout: tuple[int, int, int]):
 
 
 def test_stage_0_in_bf16_is_refused_by_name():
-    (problem,) = layout_problems(run_of(zero=0, precision="bf16"), 1)
+    assert not other_problems(run_of(zero=0, precision="bf16"))  # one data rank does without DeepSpeed
+    (problem,) = layout_problems(run_of(2, zero=0, precision="bf16"), 2)
     assert "parallel.zero: found 0 with precision bf16, expected 1, 2 or 3" in problem
 
 
@@ -144,14 +148,50 @@ def test_owned_slices_cover_every_element_once(zero: int):
         assert sorted(places) == list(range(parameter.numel())), name
 
 
-@pytest.mark.parametrize(("zero", "sizes"), [(1, (1, 7, 1537, 2, 1536)), (2, (1537, 1000)), (3, (1, 7, 1537))])
-def test_case_14_the_rule_on_bucket_sizes_is_deepspeeds(zero: int, sizes: tuple[int, ...]):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_case_23_one_rank_steps_as_deepspeed_does(precision: str):
+    """Masters and moments to the bit; a clipped step to 1e-6: DeepSpeed sums the norm's squares in another order."""
+
+    def on_rank(rank: int) -> None:
+        mesh = build_mesh(1, 1, 1)
+        for clip, zero in itertools.product((0.0, 0.5), (1, 2)):
+            run, states = run_of(accumulation=2, zero=zero, precision=precision, clip=clip), []
+            for make in (ZeroEngine, make_engine):
+                engine, terms = make(transformer_of(run, mesh), run, mesh), pretraining_terms(run.model)
+                for step in range(3):
+                    train_step(engine, terms, mesh, my_batches(run, mesh, step), 1e-3)
+                states.append({o.name: {"master": o.master} | o.moments for o in engine.owned()})
+            assert type(engine) is OneRank and states[0].keys() == states[1].keys()
+            for name, theirs in states[0].items():
+                for kind, values in theirs.items():
+                    error = relative(states[1][name][kind], values)
+                    assert error <= (1e-6 if clip else 0), (clip, zero, name, kind, error)
+
+    run_on_ranks(on_rank, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({"zero": 1}, (1, 7, 1537, 2, 1536)),
+        ({"zero": 2}, (1537, 1000)),
+        ({"zero": 3}, (1, 7, 1537)),
+        ({"zero": 1, "precision": "bf16"}, (7,)),
+        ({"zero": 1, "precision": "bf16", "offload_optimizer": True}, (7, 2)),
+        ({"zero": 2, "precision": "bf16"}, (7, 2)),
+    ],
+    ids=str,
+)
+def test_case_14_the_rule_on_bucket_sizes_is_deepspeeds(settings: dict[str, Any], sizes: tuple[int, ...]):
     """What the layout check lets through runs, with the loss of large buckets, and what it refuses does not."""
+
+    large: list[dict[str, Any]] = [settings | {"reduce_bucket_size": 1 << 20}]
+    kinds = large + [settings | {key: size} for key in BUCKETS for size in sizes]
 
     def on_rank(rank: int) -> list[bool]:
         mesh, usual, works = build_mesh(2, 1, 1), 0.0, []
-        for key, size in (("reduce_bucket_size", 1 << 20), *itertools.product(BUCKETS, sizes)):
-            run = run_of(2, 1, 1, zero=zero, **{key: size})
+        for kind in kinds:
+            run = run_of(2, 1, 1, **kind)
             try:
                 engine, terms = engine_of(run, mesh), pretraining_terms(run.model)
                 reports = [train_step(engine, terms, mesh, my_batches(run, mesh, s), 1e-3) for s in range(2)]
@@ -162,5 +202,5 @@ def test_case_14_the_rule_on_bucket_sizes_is_deepspeeds(zero: int, sizes: tuple[
             works.append(reports[1].loss == usual)
         return works
 
-    allowed = [True] + [not other_problems(run_of(2, 1, 1, zero=zero, **{k: n})) for k in BUCKETS for n in sizes]
-    assert run_on_ranks(on_rank, 2) == [allowed, allowed]
+    allowed = [not other_problems(run_of(2, 1, 1, **kind)) for kind in kinds]
+    assert allowed[0] and run_on_ranks(on_rank, 2) == [allowed, allowed]

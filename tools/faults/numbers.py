@@ -296,7 +296,7 @@ class LoopedExperts(nn.Module):
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """2-norm of the difference over that of the truth; infinite where it is no number or the truth alone is 0."""
-    difference, size = float((ours - theirs).norm()), float(theirs.norm())
+    difference, size = float((ours - theirs).double().norm()), float(theirs.double().norm())
     error = difference / size if size else (math.inf if difference else 0.0)
     return error if math.isfinite(error) else math.inf
 
