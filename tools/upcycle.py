@@ -7,7 +7,7 @@
 Methods: copy half drop virtual mix (copies of the whole layer), random clustering gradient llama_moe_v2 (the neurons
 shared out), sharing_inner sharing_inter residual (neurons by importance). --attention-experts splits attention too.
 docs/upcycling.md says what each is for. The result is a Hugging Face folder or a checkpoint to start from. The receipt
-compares it with the dense parent on real text; it holds both models in fp32, --receipt-tokens 0 does without. Exit
+compares it with the dense parent on real text, a layer at a time, in fp32; --receipt-tokens 0 does without. Exit
 codes: 0 done, 1 theory gives a bound and it does not hold, 65 data, 74 disk, 78 configuration.
 """
 
@@ -58,8 +58,8 @@ def parser() -> argparse.ArgumentParser:
         "--importance", choices=kinds, default=kinds[0], help="how neurons are weighed (default the first)"
     )
     out.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text to look at (default: Python's own)")
-    out.add_argument("--text-tokens", type=int, default=16384, metavar="N", help="of it, for importance and routers")
-    out.add_argument("--seq-length", type=int, default=512, metavar="N", help="tokens of one sequence of it")
+    out.add_argument("--text-tokens", type=int, default=8192, metavar="N", help="of it, for importance and routers")
+    out.add_argument("--seq-length", type=int, default=256, metavar="N", help="tokens of one sequence of it")
     out.add_argument("--tokenizer", metavar="SPEC", help="default: the parent's")
     out.add_argument("--allow-nonfinite", action="store_true", help="take weights that are NaN or infinite")
     out.add_argument("--receipt-tokens", type=int, default=1024, metavar="N", help="compared; 0: no receipt")

@@ -7,7 +7,7 @@
 All on one rank, without gradients, padding dropped where `counted_BS` (bool) is False.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -38,14 +38,18 @@ def _note(seen: dict[int, Tensor], key: int, module: nn.Module, args: tuple[Tens
 
 @torch.no_grad()
 def mlp_inputs(
-    model: Transformer, batch: Batch, counted_BS: Tensor | None = None, layers: Collection[int] | None = None
-) -> dict[int, Tensor]:
-    """x[T, D] of the counted tokens for each of `layers` (default: all); a few at a time keep memory small."""
-    wanted = range(len(model.layers)) if layers is None else layers
-    with inputs_of({i: model.get_submodule(f"layers.{i}.ffn") for i in wanted}) as seen:
+    model: Transformer, batch: Batch, see: Callable[[int, Tensor], None], counted_BS: Tensor | None = None
+) -> None:
+    """Calls see(layer, x[T, D] of the counted tokens) for each layer as it runs, so that one layer's are in memory."""
+    keep_T = slice(None) if counted_BS is None else counted_BS.flatten()
+    note = lambda layer: lambda module, args: see(layer, args[0][keep_T])  # noqa: E731
+    ffn = [model.get_submodule(f"layers.{i}.ffn") for i in range(len(model.layers))]
+    handles = [module.register_forward_pre_hook(note(layer)) for layer, module in enumerate(ffn)]
+    try:
         model.hidden(batch.tokens_BS, batch.positions_BS)
-    keep_T = _all(batch) if counted_BS is None else counted_BS.flatten()
-    return {layer: x_TD[keep_T] for layer, x_TD in seen.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -67,7 +71,3 @@ def sequence_features(h_TD: Tensor, shape: tuple[int, ...], counted_BS: Tensor |
 def group_sequences(feature_BD: Tensor, groups: int, seed: int) -> Tensor:
     """group[B] int64 of a sample's sequences, by k-means of their features: the `domain_B` that importance reads."""
     return kmeans(feature_BD, groups, torch.Generator().manual_seed(key_of(seed, "upcycle/groups"))).label_N
-
-
-def _all(batch: Batch) -> Tensor:
-    return torch.ones(batch.tokens_BS.numel(), dtype=torch.bool, device=batch.tokens_BS.device)

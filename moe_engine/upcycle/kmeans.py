@@ -31,9 +31,9 @@ def kmeans(
     if not (clusters * low <= points <= clusters * high and clusters <= points):
         raise ValueError(f"found {points} points for {clusters} clusters of {low} to {high}: these do not fit")
     x_ND = x_ND.float()
-    centroid_KD, label_N = _seeds(x_ND, clusters, draw), None
+    centroid_KD, label_N, price_K = _seeds(x_ND, clusters, draw), None, None
     for _ in range(rounds):
-        before, label_N = label_N, assign(_distances(x_ND, centroid_KD), low, high)
+        before, (label_N, price_K) = label_N, assign(_distances(x_ND, centroid_KD), low, high, price_K)
         if before is not None and torch.equal(before, label_N):
             break
         count_K = label_N.bincount(minlength=clusters).unsqueeze(1)
@@ -43,29 +43,33 @@ def kmeans(
     return Clusters(label_N, centroid_KD)
 
 
-def assign(cost_NK: Tensor, low: int, high: int) -> Tensor:
-    """The cluster of each point, at a small total cost, every cluster holding low to high points."""
-    return torch.from_numpy(_assign(cost_NK.cpu().numpy(), low, high)).to(cost_NK.device)
+def assign(cost_KN: Tensor, low: int, high: int, price_K: Array | None = None) -> tuple[Tensor, Array]:
+    """The cluster of each point, at a small total cost, every cluster holding low to high points; the prices.
+
+    price_K: those to begin with, of a round before.
+    """
+    label_N, price_K = _assign(cost_KN.cpu().numpy(), low, high, price_K)
+    return torch.from_numpy(label_N).to(cost_KN.device), price_K
 
 
-def _assign(cost_NK: Array, low: int, high: int) -> Array:
+def _assign(cost_KN: Array, low: int, high: int, price_K: Array | None) -> tuple[Array, Array]:
     """In numpy: prices need thousands of operations so small that handing them to threads takes most of the time."""
-    price_K = np.zeros_like(cost_NK[0])
-    label_N = cost_NK.argmin(axis=1)
+    price_K = np.zeros_like(cost_KN[:, 0]) if price_K is None else price_K.copy()
     for _ in range(SWEEPS):
+        label_N = (cost_KN + price_K[:, None]).argmin(axis=0)
         if _fits(label_N, price_K, low, high):
-            return label_N
-        for cluster in range(cost_NK.shape[1]):
-            price_K[cluster] = _price(cost_NK, price_K, cluster, low, high)
-        label_N = (cost_NK + price_K).argmin(axis=1)
-    return _moved(cost_NK + price_K, label_N, low, high)
+            return label_N, price_K
+        for cluster in range(len(cost_KN)):
+            price_K[cluster] = _price(cost_KN, price_K, cluster, low, high)
+    priced_KN = cost_KN + price_K[:, None]
+    return _moved(priced_KN, priced_KN.argmin(axis=0), low, high), price_K
 
 
-def _price(cost_NK: Array, price_K: Array, cluster: int, low: int, high: int) -> float:
+def _price(cost_KN: Array, price_K: Array, cluster: int, low: int, high: int) -> float:
     """The price, nearest to 0, at which a cluster holds low to high points while the other prices stay."""
-    elsewhere_NK = cost_NK + price_K
-    elsewhere_NK[:, cluster] = np.inf
-    gain_N = elsewhere_NK.min(axis=1) - cost_NK[:, cluster]  # a point comes while the price is below its gain
+    elsewhere_KN = cost_KN + price_K[:, None]
+    elsewhere_KN[cluster] = np.inf
+    gain_N = elsewhere_KN.min(axis=0) - cost_KN[cluster]  # a point comes while the price is below its gain
     points, free = len(gain_N), int((gain_N > 0).sum())
     size = min(max(free, low), high, points)
     if size == free:
@@ -77,18 +81,18 @@ def _price(cost_NK: Array, price_K: Array, cluster: int, low: int, high: int) ->
     return (last + first_out) / 2
 
 
-def _moved(cost_NK: Array, label_N: Array, low: int, high: int) -> Array:
+def _moved(cost_KN: Array, label_N: Array, low: int, high: int) -> Array:
     """Points moved one by one, each time the cheapest, out of a cluster that is too large or into one too small."""
-    clusters, free_K = cost_NK.shape[1], np.zeros_like(cost_NK[0])
+    points, free_K = np.arange(len(label_N)), np.zeros_like(cost_KN[:, 0])
     while not _fits(label_N, free_K, low, high):
-        count_K = np.bincount(label_N, minlength=clusters)
+        count_K = np.bincount(label_N, minlength=len(cost_KN))
         if count_K.max() > high:
             gives_K, takes_K = count_K == count_K.max(), count_K < high
         else:
             gives_K, takes_K = count_K > low, count_K == count_K.min()
-        extra_NK = cost_NK - np.take_along_axis(cost_NK, label_N[:, None], axis=1)
-        extra_NK[~gives_K[label_N][:, None] | ~takes_K] = np.inf
-        point, cluster = divmod(int(extra_NK.argmin()), clusters)
+        extra_KN = cost_KN - cost_KN[label_N, points]
+        extra_KN[~gives_K[label_N] | ~takes_K[:, None]] = np.inf
+        cluster, point = divmod(int(extra_KN.argmin()), len(label_N))
         label_N[point] = cluster
     return label_N
 
@@ -101,8 +105,8 @@ def _fits(label_N: Array, price_K: Array, low: int, high: int) -> bool:
 
 
 def _distances(x_ND: Tensor, centroid_KD: Tensor) -> Tensor:
-    """Squared distances[N, K], less the points' own squares, which no choice depends on."""
-    return centroid_KD.square().sum(dim=1) - 2 * x_ND @ centroid_KD.T
+    """Squared distances[K, N], less the points' own squares, which no choice depends on."""
+    return centroid_KD.square().sum(dim=1, keepdim=True) - 2 * centroid_KD @ x_ND.T
 
 
 def _seeds(x_ND: Tensor, clusters: int, draw: torch.Generator) -> Tensor:

@@ -32,13 +32,15 @@ class Receipt(NamedTuple):
 
 @torch.no_grad()
 def receipt(parent: Transformer, child: Transformer, tokens_BS: Tensor, expected: Expected = UNSTATED) -> Receipt:
-    """Both on tokens_BS (int64) in fp32 and without router noise, one sequence at a time; on one rank."""
-    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
+    """Both on tokens_BS (int64) in fp32 and without router noise, on one rank: one pass of each over all layers, then
+    the logits of one sequence at a time."""
+    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
     worst, largest = torch.zeros(()), torch.zeros(())  # torch's maximum keeps a NaN, Python's loses it
     total, agree, elements = 0.0, 0, 0
     with _still(parent) as before, _still(child) as after:
-        for tokens_S in tokens_BS:
-            theirs, ours = (model.logits(tokens_S.unsqueeze(0), positions_BS) for model in (before, after))
+        theirs_TD, ours_TD = (model.hidden(tokens_BS, positions_BS)[0] for model in (before, after))
+        for theirs_SD, ours_SD in zip(theirs_TD.split(tokens_BS.shape[1]), ours_TD.split(tokens_BS.shape[1])):
+            theirs, ours = before.head(theirs_SD), after.head(ours_SD)
             difference = (ours - theirs).abs()
             worst = worst.maximum(difference.max().cpu())
             largest = largest.maximum(theirs.abs().max().cpu())

@@ -44,6 +44,18 @@ def h_and_grad(model: Transformer, batch: Batch, layer: int) -> tuple[Tensor, Te
     return kept["h"].detach(), kept["h"].grad
 
 
+def inputs(model: Transformer, batch: Batch, counted_BS: Tensor | None = None) -> list[Tensor]:
+    """x[T, D] of each layer."""
+    seen: list[Tensor] = []
+
+    def see(layer: int, x_TD: Tensor) -> None:
+        assert layer == len(seen)
+        seen.append(x_TD)
+
+    mlp_inputs(model, batch, see, counted_BS)
+    return seen
+
+
 @pytest.mark.parametrize("variant", ["feature_change", "total", "feature_grad"])
 @pytest.mark.parametrize("by_gates", [False, True])
 def test_equals_a_loop_over_tokens(variant: str, by_gates: bool) -> None:
@@ -55,7 +67,7 @@ def test_equals_a_loop_over_tokens(variant: str, by_gates: bool) -> None:
         sums, counts = torch.zeros(GROUPS, 40, dtype=torch.float64), torch.zeros(GROUPS, 1)
         for batch in batches():
             h_TF, grad_TF = h_and_grad(model, batch, layer)
-            x_TD = mlp_inputs(model, batch)[layer]
+            x_TD = inputs(model, batch)[layer]
             for t in range(len(h_TF)):
                 if batch.labels_BS.flatten()[t] == -100:
                     continue
@@ -98,8 +110,8 @@ def test_frozen_parameters_and_empty_groups() -> None:
 def test_features_are_the_layers_inputs_without_padding() -> None:
     model, batch = dense_model(), batches()[0]
     counted_BS = torch.arange(LENGTH) < torch.tensor([[16], [3], [9]])
-    whole, few = mlp_inputs(model, batch), mlp_inputs(model, batch, counted_BS, layers=[1])
-    assert whole[0].shape == (3 * LENGTH, 48) and list(few) == [1]
+    whole, few = inputs(model, batch), inputs(model, batch, counted_BS)
+    assert [x_TD.shape for x_TD in whole] == [(3 * LENGTH, 48)] * 3 and len(few) == 3
     assert torch.equal(few[1], whole[1][counted_BS.flatten()])
     x_NSD = hidden_inputs(model, batch.tokens_BS[1])
     assert torch.equal(x_NSD[0], model.embedding.weight[batch.tokens_BS[1]])

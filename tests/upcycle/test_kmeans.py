@@ -34,11 +34,13 @@ def test_assignment_is_the_best_of_all(points: int, clusters: int, low: int, hig
     for seed in range(16):
         cost_NK = torch.rand(points, clusters, generator=torch.Generator().manual_seed(seed)).square()
         cost_NK += torch.linspace(0, 0.1 * (seed % 4), clusters)  # some clusters are in demand
-        label_N = assign(cost_NK.clone(), low, high)
-        sizes = label_N.bincount(minlength=clusters)
-        assert low <= int(sizes.min()) and int(sizes.max()) <= high
-        ours = float(cost_NK.gather(1, label_N.unsqueeze(1)).sum())
-        assert ours == pytest.approx(least_cost(cost_NK, low, high), rel=1e-5)
+        old = torch.rand(clusters, generator=torch.Generator().manual_seed(99)).sub(0.5).numpy()
+        for price_K in (None, old):  # of a round before
+            label_N, _ = assign(cost_NK.T.contiguous(), low, high, price_K)
+            sizes = label_N.bincount(minlength=clusters)
+            assert low <= int(sizes.min()) and int(sizes.max()) <= high
+            ours = float(cost_NK.gather(1, label_N.unsqueeze(1)).sum())
+            assert ours == pytest.approx(least_cost(cost_NK, low, high), rel=1e-5)
 
 
 @pytest.mark.parametrize("points", [torch.zeros(12, 3), torch.eye(3).repeat(4, 1), torch.arange(12.0).view(12, 1)])

@@ -13,7 +13,7 @@ from moe_engine.checkpoint.hf.families import TABLES
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.read import identity_of
 from moe_engine.checkpoint.hf.write import Target, cut, write_hf
-from moe_engine.checkpoint.pieces import Piece, volume
+from moe_engine.checkpoint.pieces import Box, Piece, volume
 from moe_engine.checkpoint.shard import Entry
 from moe_engine.checkpoint.weights_only import Written, write_weights
 from moe_engine.config import Model
@@ -23,9 +23,9 @@ from moe_engine.errors import ConfigError
 from moe_engine.upcycle import METHODS, Options, attention
 from moe_engine.upcycle.expected import Expected
 from moe_engine.upcycle.receipt import receipt
-from tools.convert_hf import bar
-from tools.upcycling.observe import load
+from tools.upcycling.decoder import streamed
 from tools.upcycling.source import Upcycled
+from tools.upcycling.stages import stage
 from tools.upcycling.text import Text
 
 BROKEN_PROMISE = 1
@@ -56,7 +56,9 @@ def write(
     """The folder, or without a target the checkpoint; one that was interrupted goes on."""
     flags = {name: str(value) for name, value in sorted(vars(given).items()) if name != "receipt_tokens"}
     identity = [[identity_of(parent) for parent in parents], flags, read_so_far(text)]
-    with bar(None, given.method) as beat:
+    size = sum(source.dtype(name, box).itemsize * volume(box) for name, box in boxes_of(source).items())
+    with stage("making", size / 1e9, "GB") as shown:
+        beat = lambda n: shown(n / 1e9)  # noqa: E731
         if target is not None:
             return write_hf(source, child, target, given.out, identity, beat, given.allow_nonfinite)
         return write_weights(
@@ -67,12 +69,17 @@ def write(
 
 def files_of(source: Upcycled, size: int) -> list[dict[str, Piece]]:
     """The weights of each file of a checkpoint."""
-    boxes = {name: tuple((0, side) for side in shape) for name, shape in source.shapes.items()}
+    boxes = boxes_of(source)
     entries = {name: Entry(source.dtype(name, box), source.shapes[name]) for name, box in boxes.items()}
     return [
         {name: Piece(name, boxes[name], 0, volume(boxes[name])) for name in names}
         for names in cut(entries, size).values()
     ]
+
+
+def boxes_of(source: Upcycled) -> dict[str, Box]:
+    """The box that is the whole of each weight."""
+    return {name: tuple((0, side) for side in shape) for name, shape in source.shapes.items()}
 
 
 def read_so_far(text: Text) -> str:
@@ -98,10 +105,12 @@ def compare(given: argparse.Namespace, parent: HfFolder, tokens_BS: Tensor, expe
     """The receipt, from what was written; the exit code."""
     if given.format == "hf":
         source = HfFolder(given.out)
-        child = load(source, source.model)
+        child = source, source.model
     else:
-        child = load(*open_checkpoint(given.out))
-    found = receipt(load(parent, parent.model), child, tokens_BS, expected)
+        child = open_checkpoint(given.out)
+    layers = 2 * parent.model.num_hidden_layers
+    with stage("comparing", layers, "layers") as beat:
+        found = receipt(streamed(parent, parent.model, beat), streamed(*child, beat), tokens_BS, expected)
     print(*lines_of(found), sep="\n")
     if not found.holds:
         print(

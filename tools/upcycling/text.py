@@ -125,9 +125,9 @@ def texts(files: Sequence[str]) -> Iterator[str]:
                 yield document.text
 
 
-def batches(tokens_BS: Tensor, group_B: Tensor, size: int = 8) -> Iterator[Batch]:
-    """Sequences as batches whose domain is their group; the last token of each has no label."""
-    for tokens, group in zip(tokens_BS.split(size), group_B.split(size), strict=True):
+def batches(tokens_BS: Tensor, size: int) -> Iterator[Batch]:
+    """`size` sequences at a time, all of domain 0; the last token of each has no label."""
+    for tokens in tokens_BS.split(size):
         labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORED)], dim=1)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        yield Batch(tokens, labels, positions, group)
+        yield Batch(tokens, labels, positions, torch.zeros(len(tokens), dtype=torch.int64))
