@@ -1,4 +1,4 @@
-"""How a rank ends: what it says, what it leaves for torchrun, and its exit code. The same for every entry point.
+"""A rank from its launch to its end: rendezvous, device and mesh, what it says and leaves for torchrun, its exit code.
 
     Preempted          a line on standard output                      75
     EngineError        one line `error: ...`, rank 0 for all          its own: 65, 70, 74, 78
@@ -9,37 +9,66 @@ torch.distributed.elastic.multiprocessing.errors; without it the report would hi
 """
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from moe_engine.config import Run
 from moe_engine.config_report import BULLET
 from moe_engine.errors import ConfigError, EngineError, Preempted
 from moe_engine.host.console import print_error
 from moe_engine.log import printable
 
+if TYPE_CHECKING:
+    import torch
+
+    from moe_engine.parallel.mesh import Mesh
+
 PATIENCE = 3.0  # seconds that a rank waits before it ends, when another is to end first
 
 
-def exit_code(work: Callable[[], object], rank: int) -> int:
-    """Do the work of this rank; 0, or the code that belongs to what it raised, once that is said."""
+def launched() -> tuple[int, int | None]:
+    """This process's rank, and the ranks of its launch: None without a launcher, whose end it does not outlive."""
+    # nothing is compiled, but DeepSpeed would load the compiler all the same
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1  # torchrun ends, also when it is killed, and so does this process: no rank is left behind
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    world = os.environ.get("WORLD_SIZE")
+    return int(os.environ.get("RANK", 0)), int(world) if world else None
+
+
+class Ending:
+    """How this rank ends: its exit code."""
+
+    code = 0
+
+
+@contextlib.contextmanager
+def ending(rank: int) -> Iterator[Ending]:
+    """Around the work of this rank: what it raises is said, and becomes the code."""
+    end = Ending()
     try:
-        work()
+        yield end
     except Preempted as stop:
         leave_for_launcher(f"Preempted: {on_lines(stop)}")
         print(on_lines(stop), flush=True) if rank == 0 else None
-        return stop.exit_code
+        end.code = stop.exit_code
     except EngineError as error:
         if rank > 0:  # rank 0 speaks for all; the launcher then ends this one, unless the trouble is here alone
             time.sleep(PATIENCE)
         leave_for_launcher(f"{type(error).__name__}: {on_lines(error)}")
         if rank == 0 or not isinstance(error, ConfigError):
             print_error(on_lines(error))
-        return error.exit_code
+        end.code = error.exit_code
     except Exception as error:  # ours, or another rank is gone
         said = (
             f"rank {rank} ends: {type(error).__name__}. If another rank ended first, it says why; --resume auto "
@@ -51,8 +80,7 @@ def exit_code(work: Callable[[], object], rank: int) -> int:
         if raised_by_torch_distributed(error):  # the launcher reports who ends first: let it be the one that knows why
             time.sleep(PATIENCE)
         leave_for_launcher(said, stack)
-        return EngineError.exit_code
-    return 0
+        end.code = EngineError.exit_code
 
 
 def hang(text: str) -> None:
@@ -81,3 +109,34 @@ def raised_by_torch_distributed(error: Exception) -> bool:
 def on_lines(error: EngineError) -> str:
     """An error's text as it is printed: problems of a list on lines of their own, all else escaped."""
     return BULLET.join(map(printable, str(error).split(BULLET)))
+
+
+def meet() -> tuple[Any, int]:
+    """The store that the ranks of this launch share, and how many they are."""
+    import torch.distributed as dist
+
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 1
+    store, _, world = next(dist.rendezvous("env://"))
+    return store, world
+
+
+def start_ranks(run: Run, rank: int, world: int, store: Any) -> "tuple[torch.device, Mesh]":
+    """This rank's device and mesh; every rank of the launch calls it. gloo on CPU, nccl on GPUs."""
+    import torch
+    import torch.distributed as dist
+
+    from moe_engine.parallel.mesh import build_mesh
+
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    # the watch has the first word: the backend gives up after it, or never
+    timeout = timedelta(seconds=2 * run.train.step_timeout + 120) if run.train.step_timeout else timedelta(days=365)
+    named = dist.PrefixStore("ranks", store)
+    dist.init_process_group(backend, store=named, rank=rank, world_size=world, timeout=timeout)
+    return device, build_mesh(run.parallel.dp, run.parallel.ep, run.parallel.tp, timeout)

@@ -71,8 +71,8 @@ def our_step(shape: Shape, precision: Literal["fp32", "bf16"], device) -> Callab
     from moe_engine.model.transformer import Transformer
     from moe_engine.parallel.mesh import Mesh
     from moe_engine.parallel.weight import initialise
-    from moe_engine.train.loop import make_engine
-    from moe_engine.train.step import train_step
+    from moe_engine.train.session import make_engine
+    from moe_engine.train.step import accumulate, finish
     from moe_engine.train.terms import pretraining_terms
 
     run = Run(
@@ -92,7 +92,7 @@ def our_step(shape: Shape, precision: Literal["fp32", "bf16"], device) -> Callab
     )
     batch = Batch(*(field.to(device) for field in batch))
     terms = pretraining_terms(run.model)
-    return lambda: train_step(engine, terms, mesh, [batch], 1e-4)
+    return lambda: finish(engine, terms, mesh, [batch], accumulate(engine, terms, mesh, [batch]), 1e-4)
 
 
 def transformers_step(shape: Shape, precision: str, device, experts: str) -> Callable[[], Any]:

@@ -82,8 +82,8 @@ def import_(options: argparse.Namespace) -> int:
     warn(folder.notes)
     resized = None if options.resize_vocab is None else Resized(folder, options.resize_vocab)
     total = sum(entry.nbytes for entry in folder.entries.values())
-    with bar(total, "import") as beat:
-        written = read_hf(folder, options.out, beat, resized, options.allow_nonfinite)
+    with bar(total, "import") as progress:
+        written = read_hf(folder, options.out, progress, resized, options.allow_nonfinite)
     print(f"weights of {folder}")
     if resized:
         std = resized.model.initializer_range
@@ -96,14 +96,14 @@ def import_(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Checkpoint -> folder."""
-    from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
+    from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 
-    wishes = Wishes(
+    how = ExportOptions(
         options.family, options.expert_layout, options.dtype, options.hf_version, options.shard_gb,
         options.allow_nonfinite,
     )  # fmt: skip
-    with bar(None, "export") as beat:
-        target, written = export_checkpoint(options.checkpoint, options.out, wishes, beat)
+    with bar(None, "export") as progress:
+        target, written = export_checkpoint(options.checkpoint, options.out, how, progress)
     print(f"{target.family}, {target.layout}: {summary(written)}")
     print(*nonfinite_lines(written.nonfinite()), f"hash of all tensors {written.digest()}", sep="\n")
     print(f"wrote {options.out}{OWN_CODE if target.family == 'llama_moe_v2' else ''}")
@@ -135,13 +135,13 @@ def verify(options: argparse.Namespace) -> int:
         different.append(f"model.{key}: {there} in the folder, {here} in the checkpoint")
     side = as_trained(of_checkpoint(options.checkpoint), reader.manifest.get("tokenizer"), model.vocab_size)
     different += side_differences(folder.side, side)
-    with bar(sum(entry.nbytes for entry in folder.entries.values()), "verify") as beat:
+    with bar(sum(entry.nbytes for entry in folder.entries.values()), "verify") as progress:
         for name, place in folder.places.items() if not different else ():
             ours = reader.part(place.weight, place.box)
             theirs = folder.part(place.weight, place.box)
             if said := nonfinite(theirs) or nonfinite(ours):
                 strange[name] = said
-            beat(theirs.nbytes)
+            progress(theirs.nbytes)
             if ours.dtype != theirs.dtype:
                 different.append(f"{name}: {theirs.dtype} in the folder, {ours.dtype} there")
             elif not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):

@@ -173,7 +173,7 @@ def finite(error: float) -> float:
 
 def check_rank(rank: int, run: Run, case: Case, truth: Trace) -> Errors:
     """The engine itself, as launch/pretrain_moe.py runs it, against this rank's slices of the truth."""
-    from moe_engine.train.loop import make_engine
+    from moe_engine.train.session import make_engine
     from moe_engine.train.step import accumulate, finish
     from moe_engine.train.terms import pretraining_terms
 

@@ -58,11 +58,11 @@ def file_in(folder: Path, name: str) -> Path:
 
 
 def problems_of(
-    folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1, beat: Callable[[], None] = lambda: None
+    folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1, heartbeat: Callable[[], None] = lambda: None
 ) -> list[str]:
     """What is wrong with a folder's files, one line each; of `parts` readers, `part` hashes every parts-th file.
 
-    beat: called as it goes on. OSError when a file cannot be read: that says nothing about what it holds.
+    heartbeat: called as it goes on. OSError when a file cannot be read: that says nothing about what it holds.
     """
     problems = []
     expected = manifest["files"]
@@ -83,7 +83,7 @@ def problems_of(
             size = path.stat().st_size
             if size != count:
                 problems.append(f"{path}: {size} bytes, written with {count}")
-            elif digest_of(path, beat) != (count, fast):
+            elif digest_of(path, heartbeat) != (count, fast):
                 problems.append(f"{path}: changed since it was written (its xxh3 differs)")
         except DataError as error:
             problems.append(str(error))

@@ -24,23 +24,23 @@ from moe_engine.parallel.mesh import Axis
 
 
 def choose(
-    resume: str, root: Path, world: Axis, warn: Callable[[str], None], beat: Callable[[], None] = lambda: None
+    resume: str, root: Path, world: Axis, warn: Callable[[str], None], heartbeat: Callable[[], None] = lambda: None
 ) -> Path | None:
     """The verified folder that `resume` means, a path or "auto"; None when auto finds nothing. Collective.
 
-    DataError when none is whole, or the one at the path is not; nothing is renamed or removed. beat: called as reading
-    goes on.
+    DataError when none is whole, or the one at the path is not; nothing is renamed or removed. heartbeat: called as
+    reading goes on.
     """
     if resume != "auto":
         folder = Path(resume)
         together(lambda: check_present(folder), world)
-        if problems := verify(folder, world, beat):
+        if problems := verify(folder, world, heartbeat):
             raise DataError("; ".join(problems) + "; resume from another checkpoint")
         return folder
     damaged: list[str] = []
     for step in reversed(agreed_steps(root, world)):
         folder = folder_of(root, step)
-        if not (problems := verify(folder, world, beat)):
+        if not (problems := verify(folder, world, heartbeat)):
             if damaged:
                 warn(f"DAMAGED CHECKPOINT: {'; '.join(damaged)}. Falling back to step {step}, the newest that is whole")
             return folder
@@ -83,7 +83,7 @@ def agreed_steps(root: Path, world: Axis) -> list[int]:
     return seen[0]
 
 
-def verify(folder: Path, world: Axis, beat: Callable[[], None] = lambda: None) -> list[str]:
+def verify(folder: Path, world: Axis, heartbeat: Callable[[], None] = lambda: None) -> list[str]:
     """What is damaged in a checkpoint, one line each and the same on all ranks; they share the reading. Collective.
 
     StorageError when a rank cannot read, ConfigError for another format: neither says that the checkpoint is bad.
@@ -92,7 +92,7 @@ def verify(folder: Path, world: Axis, beat: Callable[[], None] = lambda: None) -
 
     def look() -> None:
         try:
-            mine.extend(problems_of(folder, read_manifest(folder), world.rank, world.size, beat))
+            mine.extend(problems_of(folder, read_manifest(folder), world.rank, world.size, heartbeat))
         except DataError as error:
             mine.append(str(error))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

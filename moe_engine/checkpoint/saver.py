@@ -62,7 +62,7 @@ class Saver:
     """The checkpoints of one run. Every method is collective over all ranks, and raises on all of them or on none.
 
     keep_last: checkpoints to keep, 0 for all; those of a step that keep_every divides stay too. background: write in a
-    thread, from a copy in host memory. beat: called as long as a file that is waited for grows.
+    thread, from a copy in host memory. heartbeat: called as long as a file that is waited for grows.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class Saver:
         keep_last: int = 0,
         keep_every: int = 0,
         background: bool = False,
-        beat: Callable[[], None] = lambda: None,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
-        self.root, self.world, self.background, self.beat = root, world, background, beat
+        self.root, self.world, self.background, self.heartbeat = root, world, background, heartbeat
         self.keep_last, self.keep_every = keep_last, keep_every
         self.flight: Flight | None = None
         self.stalled = 0.0  # seconds that training has waited for this object
@@ -146,7 +146,7 @@ class Saver:
             flight.thread.join(timeout=1)
             if path.is_file() and path.stat().st_size > size:
                 size = path.stat().st_size
-                self.beat()
+                self.heartbeat()
         (mine,) = flight.outcome
         try:
             together(lambda: _raise(mine), self.world)

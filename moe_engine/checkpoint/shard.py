@@ -132,14 +132,14 @@ def _chunks(tensor: Tensor) -> Iterator[memoryview]:
         yield memoryview(flat[start : start + step].cpu().contiguous().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
-def digest_of(path: Path, beat: Callable[[], None] = lambda: None) -> tuple[int, str]:
-    """Size and xxh3 of a file as it lies on disk; `beat` is called as it goes on."""
+def digest_of(path: Path, heartbeat: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """Size and xxh3 of a file as it lies on disk; `heartbeat` is called as it goes on."""
     hasher, count = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         while part := file.read(CHUNK):
             hasher.update(part)
             count += len(part)
-            beat()
+            heartbeat()
     return count, hasher.hexdigest()
 
 

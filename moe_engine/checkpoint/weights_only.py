@@ -60,7 +60,7 @@ class Written(NamedTuple):
         return {name: rest[0] for name, rest in texts.items() if rest}
 
 
-Beat = Callable[[int], Any]  # told of the bytes of each tensor
+Progress = Callable[[int], Any]  # told of the bytes of each tensor
 
 
 def write_weights(
@@ -71,7 +71,7 @@ def write_weights(
     came: Mapping[str, str],
     out: Path,
     identity: Any,
-    beat: Beat = lambda n: None,
+    progress: Progress = lambda n: None,
     allow_nonfinite: bool = True,
 ) -> Written:
     """Write the checkpoint `out`, which must not exist; an interrupted one of the same `identity` is gone on with.
@@ -84,8 +84,8 @@ def write_weights(
     sizes = [{name: source.dtype(p.name, p.box).itemsize * p.length for name, p in file.items()} for file in files]
     disk.require_space(partial.folder, sum(sum(each.values()) for each in sizes) - partial.bytes())
     for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
-        if not partial.write(rank_file(number), _maker(source, file, beat)):
-            beat(sum(size.values()))
+        if not partial.write(rank_file(number), _maker(source, file, progress)):
+            progress(sum(size.values()))
     for name in side:
         partial.write(name, lambda path, name=name: (write_bytes(path, side[name]), {}))
     found = nonfinite_in(partial, source, allow_nonfinite)
@@ -109,7 +109,9 @@ def write_weights(
     return Written(partial.tensors(), sum(sum(each.values()) for each in sizes))
 
 
-def _maker(source: Weights, pieces: Mapping[str, Piece], beat: Beat) -> Callable[[Path], tuple[Digest, dict[str, str]]]:
+def _maker(
+    source: Weights, pieces: Mapping[str, Piece], progress: Progress
+) -> Callable[[Path], tuple[Digest, dict[str, str]]]:
     def write(path: Path) -> tuple[Digest, dict[str, str]]:
         hashes: dict[str, str] = {}
         keys = {f"master/{i}/{piece.name}": name for i, (name, piece) in enumerate(pieces.items())}
@@ -122,7 +124,7 @@ def _maker(source: Weights, pieces: Mapping[str, Piece], beat: Beat) -> Callable
             assert piece.length == volume(piece.box), piece
             tensor = source.part(piece.name, piece.box)
             hashes[keys[key]] = hash_of(tensor)
-            beat(tensor.nbytes)
+            progress(tensor.nbytes)
             return tensor.view(-1)
 
         metadata = {"pieces": json.dumps(list(pieces.values()))}

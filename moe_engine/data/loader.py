@@ -33,6 +33,10 @@ class Batch(NamedTuple):
     positions_BS: torch.Tensor
     domain_B: torch.Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        return Batch(*(field.to(device, non_blocking=True) for field in self))
+
 
 class OpenDomain(NamedTuple):
     """A domain ready to be read; `weight` is as given, not normalised."""

@@ -7,7 +7,7 @@ import resource
 import stat
 from pathlib import Path
 
-from moe_engine.errors import ConfigError
+from moe_engine.errors import ConfigError, StorageError
 
 
 def size_in(folder: Path, path: Path) -> int | None:
@@ -44,6 +44,18 @@ def obstacle(folder: Path) -> Path | None:
             return folder
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else there
+
+
+def make_writable(out: Path) -> None:
+    """Make a run's folder; ConfigError or, of a full disk, StorageError when nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        kind = StorageError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else ConfigError
+        raise kind(f"--out {out}: {error.strerror}; choose a folder that you can write to") from error
 
 
 def allow_open_files(needed: int, why: str) -> None:

@@ -1,6 +1,6 @@
 """What the outside asks of a run: SIGTERM and SIGINT to save and end, SIGUSR1 to save and go on.
 
-A handler notes the wish and returns; the loop asks for it between two steps, where all ranks act on what any of them
+A handler notes the request and returns; the loop asks for it between two steps, where all ranks act on what any of them
 was told. A second signal changes nothing, so none can interrupt a save.
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Requests:
-    """The wishes that have arrived. `stop` stays; `save` is for one save."""
+    """The requests that have arrived. `stop` stays; `save` is for one save."""
 
     def __init__(self) -> None:
         self.stop = self.save = False

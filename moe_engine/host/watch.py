@@ -1,8 +1,8 @@
 """Noticing that a run has stopped: a thread of every rank that outlives a main thread which waits for ever.
 
-    main thread     beat(step, "evaluation")         says where it is
+    main thread     heartbeat(step, "evaluation")    says where it is
     watch thread    every few seconds                writes {step, where, since} under the rank's key in the store
-                    no beat for `timeout` seconds    writes the call that the main thread is in, reads what the others
+                    no heartbeat for `timeout` s     writes the call that the main thread is in, reads what the others
                                                      wrote, names who holds them up, ends the process with code 70
 
 A rank that is stopped cannot write, one that sleeps or is lost in its own code shows another call than those that wait
@@ -75,7 +75,7 @@ class Watch:
         if self.thread.is_alive():
             self.thread.join(timeout=5)  # the store may have gone, and the thread be waiting for it
 
-    def beat(self, step: int, where: str) -> None:
+    def heartbeat(self, step: int, where: str) -> None:
         """The main thread is alive: at `step`, doing `where`."""
         self.at = (step, where, time.monotonic())
 

@@ -40,18 +40,25 @@ class Output(NamedTuple):
 class Block(nn.Module):
     """One decoder layer. Returns x[T/tp, D] and the routing of its feed-forward and its attention router, or None."""
 
-    def __init__(self, config: Model, mesh: Mesh, layer: int, keep_h: bool = True, replicate: bool = False):
+    def __init__(self, config: Model, mesh: Mesh, layer: int, recompute: str = "none", replicate: bool = False):
         super().__init__()
+        self.recompute = recompute
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, mesh.tp)
         routed = config.is_attention_moe(layer)
         self.attention = AttentionMoE(config, mesh, replicate) if routed else Attention(config, mesh)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, mesh.tp)
         sparse = config.is_moe(layer)
+        keep_h = recompute != "selective"
         self.ffn = MoE(config, mesh, keep_h) if sparse else DenseMLP(config, mesh, config.intermediate_size)
 
     def forward(self, x_TD: Tensor, at: Places) -> tuple[Tensor, Routing | None, Routing | None]:
-        x_TD, rows, origin, routing, attention_routing = self.compute(x_TD, at)
-        return self.finish(x_TD, rows, origin), routing, attention_routing
+        if self.recompute != "none" and torch.is_grad_enabled():
+            found = recomputed(self.compute, self.recompute, x_TD, at)
+        else:
+            found = self.compute(x_TD, at)
+        x_TD, rows, origin, routing, attention_routing = found
+        y_TD = self.ffn.finish(rows, origin) if isinstance(self.ffn, MoE) else rows
+        return x_TD + y_TD, routing, attention_routing
 
     def compute(self, x_TD: Tensor, at: Places) -> tuple[Tensor, Tensor, Origin | None, Routing | None, Routing | None]:
         """What recompute repeats: all but the way of the feed-forward experts' outputs back to their tokens."""
@@ -67,9 +74,6 @@ class Block(nn.Module):
         rows, origin, shared_TD, routing = self.ffn.compute(h_TD)
         return x_TD if shared_TD is None else x_TD + shared_TD, rows, origin, routing, attention_routing
 
-    def finish(self, x_TD: Tensor, rows: Tensor, origin: Origin | None) -> Tensor:
-        return x_TD + (self.ffn.finish(rows, origin) if isinstance(self.ffn, MoE) else rows)
-
 
 class Transformer(nn.Module):
     """The whole decoder on this rank of the mesh.
@@ -80,11 +84,10 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Model, mesh: Mesh, recompute: str = "none", replicate_attention_experts: bool = False):
         super().__init__()
-        self.config, self.tp, self.recompute = config, mesh.tp, recompute
+        self.config, self.tp = config, mesh.tp
         self.embedding = VocabEmbedding(config.vocab_size, config.hidden_size, mesh.tp, config.initializer_range)
-        keep_h = recompute != "selective"
         self.layers = nn.ModuleList(
-            Block(config, mesh, i, keep_h, replicate_attention_experts) for i in range(config.num_hidden_layers)
+            Block(config, mesh, i, recompute, replicate_attention_experts) for i in range(config.num_hidden_layers)
         )
         self.inverse_frequency = inverse_frequencies(config)  # not a buffer: those become bf16 with the model
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, mesh.tp)
@@ -119,7 +122,7 @@ class Transformer(nn.Module):
         at = places(positions_BS, self.inverse_frequency, x_TD.dtype)
         routings, attention_routings = [], []
         for layer in self.layers:
-            x_TD, routing, attention_routing = self._run(layer, x_TD, at)
+            x_TD, routing, attention_routing = layer(x_TD, at)
             routings += [routing] if routing else []
             attention_routings += [attention_routing] if attention_routing else []
         return all_gather(self.norm(x_TD), self.tp), tuple(routings), tuple(attention_routings)
@@ -130,10 +133,3 @@ class Transformer(nn.Module):
         mine = self.tp.cut(sequences * length)
         sequence_T = torch.arange(mine.start, mine.stop, device=tokens_BS.device) // length
         return sequence_T if counted_BS is None else sequence_T.masked_fill(~counted_BS.flatten()[mine], -1)
-
-    def _run(self, layer: nn.Module, x_TD: Tensor, at: Places) -> tuple[Tensor, Routing | None, Routing | None]:
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return layer(x_TD, at)
-        assert isinstance(layer, Block)
-        x_TD, rows, origin, routing, attention_routing = recomputed(layer.compute, self.recompute, x_TD, at)
-        return layer.finish(x_TD, rows, origin), routing, attention_routing

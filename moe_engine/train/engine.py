@@ -6,11 +6,11 @@ On one data rank there is nothing to share, whatever the ZeRO stage (tp cuts the
     bf16    AdamW steps fp32 masters; a micro-batch's gradient is added to the master's, in fp32, and freed as soon as
             backward has it; after the step the weights are the rounded masters
 
-More data ranks share the work by DeepSpeed: zero.py. `loop.make_engine` chooses.
+More data ranks share the work by DeepSpeed: zero.py. `session.make_engine` chooses.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -44,11 +44,12 @@ class OwnedSlice(NamedTuple):
 class Engine:
     """A model whose weights, gradients and optimizer states are whole on this rank; `masters` are what AdamW steps.
 
-    whole: every weight is whole between two passes too.
+    forward: the model's. whole: every weight is whole between two passes too.
     """
 
     def __init__(self, model: nn.Module, run: Run, mesh: Mesh):
         self.model: Any = model
+        self.forward: Callable[..., Any] = model
         self.mesh, self.stage, self.clip, self.whole = mesh, run.parallel.zero, run.optimizer.clip_grad, True
         self.names = {p: name for name, p in model.named_parameters()}
         self.routers = [module.router for module in model.modules() if isinstance(module, MoE)]
@@ -56,10 +57,6 @@ class Engine:
         self.device = next(iter(self.names)).device
         self.masters: dict[nn.Parameter, Tensor] = {p: p for p in self.names}
         self.optimizer: Any
-
-    def forward(self, *inputs: Tensor | None) -> Any:
-        """The model's forward."""
-        return self.model(*inputs)
 
     def train(self) -> None:
         """Training mode: dropout-like noise (router jitter) on."""

@@ -62,17 +62,19 @@ def save_state(engine: Engine, mesh: Mesh, saver: Saver, step: int, manifest: di
 
 
 @torch.no_grad()
-def load_state(engine: Engine, mesh: Mesh, folder: Path, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def load_state(
+    engine: Engine, mesh: Mesh, folder: Path, heartbeat: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Fill the engine from a verified checkpoint, written on any layout; returns its manifest.
 
-    beat: called as it goes on. The random state continues on the layout that wrote it; on another one each rank starts
-    a stream of its own.
+    heartbeat: called as it goes on. The random state continues on the layout that wrote it; on another one each rank
+    starts a stream of its own.
     """
     reader = Reader(folder)
     engine.create_optimizer_states()
     by_name = {name: p for p, name in engine.names.items()}
     for owned in engine.owned():
-        beat()
+        heartbeat()
         piece = piece_of(owned, by_name[owned.name])
         for kind, out in ({"master": owned.master} | owned.moments).items():
             if kind == "step":
@@ -97,7 +99,7 @@ def load_state(engine: Engine, mesh: Mesh, folder: Path, beat: Callable[[], None
 
 
 @torch.no_grad()
-def load_weights(engine: Engine, source: Source, beat: Callable[[], None] = lambda: None) -> list[str]:
+def load_weights(engine: Engine, source: Source, heartbeat: Callable[[], None] = lambda: None) -> list[str]:
     """Fill the masters from a source that holds a model of the same shapes; each rank reads its own elements. Returns
     the weights in which they are not all finite.
 
@@ -106,7 +108,7 @@ def load_weights(engine: Engine, source: Source, beat: Callable[[], None] = lamb
     by_name, found = {name: p for p, name in engine.names.items()}, list[str]()
     check_shapes(source, {name: tuple(note_of(p).shape) for name, p in by_name.items()})
     for owned in engine.owned():
-        beat()
+        heartbeat()
         source.fill("master", piece_of(owned, by_name[owned.name]), owned.master)
         if nonfinite(owned.master):
             found.append(owned.name)

@@ -1,4 +1,4 @@
-"""One optimizer step: counts, micro-batches forward and backward, then AdamW.
+"""One optimizer step: `accumulate` (counts, micro-batches forward and backward), then `finish` (AdamW, measures).
 
 The objective is a sum of terms (terms.py), each with one divisor for the whole global batch. Dense and expert gradients
 therefore share one divisor too, and a step does not depend on how its samples are spread over ranks and micro-batches.
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from moe_engine.data.loader import Batch
-from moe_engine.model.loss import IGNORE
 from moe_engine.model.router import Router
 from moe_engine.model.router_losses import load_share
 from moe_engine.model.transformer import Output
@@ -36,19 +35,11 @@ class StepReport(NamedTuple):
     skipped: str | None
 
 
-def train_step(
-    engine: Engine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch], lr: float, bias_rate: float = 0.0
-) -> StepReport:
-    """One step on this data rank's micro-batches (already on the device); collective over all ranks.
-
-    bias_rate: of the routers' expert biases, `expert_bias_update_rate`.
-    """
-    tally = accumulate(engine, terms, mesh, batches)
-    return finish(engine, terms, mesh, batches, tally, lr, bias_rate)
-
-
 def accumulate(engine: Engine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch]) -> Tally:
-    """Forward and backward of every micro-batch; the gradients are then complete, the weights untouched."""
+    """Forward and backward of this data rank's micro-batches, which are on the device; collective over all ranks.
+
+    The gradients are then complete, the weights untouched.
+    """
     counts = global_counts(terms, batches, mesh.data)
     needs_load = any(term.needs_load for term in terms)
     load = global_load(engine, mesh, batches) if needs_load and len(batches) > 1 else None
@@ -76,7 +67,10 @@ def finish(
     lr: float,
     bias_rate: float = 0.0,
 ) -> StepReport:
-    """Clip and step, or skip on all ranks; reduce and report what was measured."""
+    """Clip and step, or skip on all ranks; reduce and report what was measured.
+
+    bias_rate: of the routers' expert biases, `expert_bias_update_rate`.
+    """
     finite = bool(tally.sums["loss"].isfinite())
     tally.reduce(mesh.data)
     outcome = engine.step(lr)
@@ -117,16 +111,3 @@ def move_expert_biases(routers: list[Router], count_NE: Tensor, rate: float) -> 
         assert router.expert_bias is not None
         short_E = torch.sign(count_E.sum() - len(count_E) * count_E)  # whole numbers: exactly 0 when balanced
         router.expert_bias += rate * short_E.to(router.expert_bias)
-
-
-@torch.no_grad()
-def evaluate(engine: Engine, mesh: Mesh, batches: Iterable[Batch]) -> float:
-    """Mean loss per labelled token over held-out batches of all data ranks, in nats."""
-    engine.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for batch in batches:
-        loss_T = engine.forward(batch.tokens_BS, batch.positions_BS, batch.labels_BS).loss_T
-        total += torch.stack([loss_T.double().sum(), (batch.labels_BS != IGNORE).sum().double()])
-    engine.train()
-    loss, tokens = sum_(total, mesh.data).tolist()
-    return loss / tokens if tokens else math.nan

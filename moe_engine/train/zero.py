@@ -52,15 +52,12 @@ class ZeroEngine(Engine):
                 mpu=mpu,
                 dist_init_required=False,
             )[0]
-        self.optimizer = self.engine.optimizer
+        self.forward, self.optimizer = self.engine, self.engine.optimizer
         # the object that keeps flat fp32 partitions; stage 0, which is fp32, steps the weights themselves
         self.flat: Any = None if self.stage == 0 else self.optimizer
         for router in self.routers:  # DeepSpeed cast every buffer to bf16; biases are fp32, and zero at this point
             if router.expert_bias is not None:
                 router.expert_bias = router.expert_bias.float()
-
-    def forward(self, *inputs: Tensor | None) -> Any:
-        return self.engine(*inputs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -149,11 +146,9 @@ class _Carrier(nn.Module):
     def __init__(self, model: nn.Module, num_experts: int):
         super().__init__()
         self.model = model
+        self.forward = model.__call__
         if num_experts:
             self.experts_marker = _ExpertsMarker(num_experts)
-
-    def forward(self, *inputs: Tensor | None) -> Any:
-        return self.model(*inputs)
 
 
 class _ExpertsMarker(DeepSpeedMoE):

@@ -94,7 +94,7 @@ def _mean(sum_NEF: Tensor, count_NE: Tensor) -> Tensor:
 
 def _layers(model: Transformer, batch: Batch, variant: Variant) -> tuple[Iterator[_Layer], Tensor]:
     """What one batch says of each layer in turn, and the last layer's normalised output h[T, D]."""
-    if model.config.num_local_experts or model.recompute != "none":
+    if model.config.num_local_experts or any(layer.recompute != "none" for layer in model.layers):
         raise ValueError("expected a dense Transformer without recompute")
     layers = range(len(model.layers))
     down = {i: model.get_submodule(f"layers.{i}.ffn.down") for i in layers}

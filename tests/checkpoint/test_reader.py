@@ -204,7 +204,7 @@ def test_other_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_disk_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = save_one(tmp_path)
 
-    def fail(path: Path, beat: object) -> None:
+    def fail(path: Path, heartbeat: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     monkeypatch.setattr(manifest, "digest_of", fail)

@@ -15,9 +15,9 @@ from moe_engine.errors import DataError, StorageError
 from moe_engine.log import read_rows
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
-from moe_engine.train.loop import fit, resume
+from moe_engine.train.loop import fit
 from tests.checkpoint.small import ALONE
-from tests.train.small import loop_run, relative, trainer_of, transformer_of
+from tests.train.small import begin_of, loop_run, relative, session_of, transformer_of
 from tools.faults.arena import make_corpus
 
 BIASED = {"vocab_size": 264, "expert_bias_update_rate": 0.01}
@@ -34,9 +34,9 @@ def train(corpus: Path, out: Path, layout: Layout, settings: dict[str, Any], **c
     run = loop_run(corpus, out, layout, settings=settings, **changes)
 
     def on_rank(rank: int) -> None:
-        trainer = trainer_of(run, build_mesh(*layout))
-        fit(trainer)
-        trainer.log.close()
+        session = session_of(run, build_mesh(*layout))
+        fit(session)
+        session.log.close()
 
     run_on_ranks(on_rank, layout[0] * layout[1] * layout[2])
     return read_rows(out / "metrics.jsonl")
@@ -222,14 +222,14 @@ def test_a_full_disk(corpus: Path, tmp_path: Path, policy: str, monkeypatch: pyt
     monkeypatch.setattr(disk, "require_space", full_at_step_4)
 
     def on_rank(rank: int) -> str:
-        trainer = trainer_of(run, build_mesh(2, 1, 1))
+        session = session_of(run, build_mesh(2, 1, 1))
         try:
-            fit(trainer)
+            fit(session)
         except StorageError as error:
             assert error.exit_code == 74
             return str(error)
         finally:
-            trainer.log.close()
+            session.log.close()
         return ""
 
     said = run_on_ranks(on_rank, 2)
@@ -249,7 +249,7 @@ def test_damage_costs_the_steps_since_the_one_before(corpus: Path, tmp_path: Pat
         with pytest.raises(
             DataError, match=r"rank-00000\.safetensors: \d+ bytes, written with \d+; resume from another"
         ):
-            resume(trainer_of(run, build_mesh(1, 1, 1)))
+            begin_of(session_of(run, build_mesh(1, 1, 1)))
 
     run_on_ranks(on_rank, 1)
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 6  # nothing was touched

@@ -53,7 +53,7 @@ def write(out: Path, files: list[dict[str, Piece]], **options: object) -> Writte
 
 def test_is_a_checkpoint_with_the_bits_it_was_given(tmp_path: Path) -> None:
     beats: list[int] = []
-    written = write(tmp_path / "out", [PIECES, NORM], beat=beats.append)
+    written = write(tmp_path / "out", [PIECES, NORM], progress=beats.append)
     assert verify(tmp_path / "out", ALONE) == []
     reader = Reader(tmp_path / "out")
     for name, tensor in SOURCE.tensors.items():

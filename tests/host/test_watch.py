@@ -24,7 +24,7 @@ def run_watched(folder: Path, world: int, hold_up: Callable[[int], None], timeou
         mesh, codes = build_mesh(world, 1, 1), []
         store = dist.FileStore(str(folder / "watch"), world)
         with Watch(store, rank, world, timeout, folder, end=codes.append) as watch:
-            watch.beat(7, "training")
+            watch.heartbeat(7, "training")
             sum_(torch.ones(1), mesh.world)
             hold_up(rank)
             sum_(torch.ones(1), mesh.world)
@@ -67,7 +67,7 @@ def test_slow_is_not_still(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
         store = dist.FileStore(str(tmp_path / "watch"), 2)
         with Watch(store, rank, 2, 1.5, tmp_path, end=codes.append) as watch:
             for step in range(5):
-                watch.beat(step, "training")
+                watch.heartbeat(step, "training")
                 time.sleep(0.5 * rank)
                 sum_(torch.ones(1), mesh.world)
         return codes
@@ -87,7 +87,7 @@ class Gone(dist.HashStore):
 def test_a_store_that_is_gone_does_not_silence_the_watch(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     codes: list[int] = []
     with Watch(Gone(), 0, 2, 0.5, tmp_path, end=codes.append) as watch:
-        watch.beat(3, "training")
+        watch.heartbeat(3, "training")
         time.sleep(1.5)
     assert codes == [70]
     assert "at step 3, training" in (said := capfd.readouterr().err) and "cannot be asked (Connection reset" in said

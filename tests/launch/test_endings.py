@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
-from launch.pretrain_moe import export
 from moe_engine.checkpoint.folders import steps_in
+from moe_engine.checkpoint.hf.export import export_run
 from moe_engine.config_cli import load
 from moe_engine.log import read_rows
 from tests.launch.test_pretrain_moe import ROOT, SMALL, refused, run, tokens  # noqa: F401 (a fixture)
@@ -72,7 +72,7 @@ def test_case_16_an_export_of_what_was_resumed(unheard: Ended, tmp_path: Path) -
     """Nothing is left to train, so no checkpoint lies in --out."""
     resumed = unheard.out / "checkpoints" / "step-00000002"
     words = ("--out", tmp_path / "new", "--resume", resumed, "--export-hf", tmp_path / "hf")
-    assert f"exported {resumed} as mixtral" in export(load([*map(str, words)], 1).run)
+    assert f"exported {resumed} as mixtral" in export_run(load([*map(str, words)], 1).run)
     assert holds(tmp_path / "hf", resumed)
 
 

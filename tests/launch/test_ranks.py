@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from launch.ranks import exit_code, hang
+from launch.ranks import ending, hang
 from moe_engine.config_report import refuse
 from moe_engine.errors import ConfigError, DataError, EngineError, Preempted, StorageError
 
@@ -21,6 +21,12 @@ def raising(error: Exception) -> Callable[[], object]:
         raise error
 
     return work
+
+
+def exit_code(work: Callable[[], object], rank: int) -> int:
+    with ending(rank) as end:
+        work()
+    return end.code
 
 
 def report(path: Path, code: int) -> str:
@@ -86,18 +92,16 @@ import os, sys
 sys.path.insert(0, {root!r})
 import torch
 import torch.distributed as dist
-from launch.ranks import exit_code
+from launch.ranks import ending
 
 rank = int(os.environ["RANK"])
-
-def work():
+with ending(rank) as end:
     dist.init_process_group("gloo")
     dist.all_reduce(torch.ones(1))
     if rank == 1:
         raise ValueError("the rank that knows why")
     dist.all_reduce(torch.ones(1))
-
-sys.exit(exit_code(work, rank))
+sys.exit(end.code)
 """
 
 

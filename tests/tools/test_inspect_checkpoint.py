@@ -13,7 +13,7 @@ from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.loop import fit
 from tests.checkpoint.hf.small import save, tensors_of, theirs
-from tests.train.small import loop_run, trainer_of
+from tests.train.small import loop_run, session_of
 from tools.faults.arena import make_corpus
 from tools.inspect_checkpoint import main
 
@@ -24,7 +24,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     corpus = make_corpus(tmp_path_factory.mktemp("corpus"))
     run = loop_run(corpus, folder, (1, 2, 1), settings={"zero": 2}, steps=6, save_every=2)
-    run_on_ranks(lambda rank: fit(trainer_of(run, build_mesh(1, 2, 1))), 2)
+    run_on_ranks(lambda rank: fit(session_of(run, build_mesh(1, 2, 1))), 2)
     assert steps_in(folder / "checkpoints") == [2, 4, 6]
     return folder
 

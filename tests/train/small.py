@@ -1,5 +1,6 @@
 """A small MoE, its batches and its engine, for the tests of training; every function runs on one rank."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from moe_engine.log import Logger
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, note_of
+from moe_engine.train.begin import Beginning, begin
 from moe_engine.train.engine import Engine
-from moe_engine.train.loop import Trainer, build, make_engine
+from moe_engine.train.session import Session, build, make_engine
+from moe_engine.train.step import StepReport, accumulate, finish
+from moe_engine.train.terms import Term
 
 SEQUENCES, LENGTH = 16, 8
 MODEL = Model(
@@ -69,6 +73,14 @@ def transformer_of(run: Run, mesh: Mesh) -> Transformer:
     return model
 
 
+def train_step(
+    engine: Engine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch], lr: float, bias_rate: float = 0.0
+) -> StepReport:
+    """One step, as the loop makes it."""
+    tally = accumulate(engine, terms, mesh, batches)
+    return finish(engine, terms, mesh, batches, tally, lr, bias_rate)
+
+
 def engine_of(run: Run, mesh: Mesh) -> Engine:
     return make_engine(transformer_of(run, mesh), run, mesh)
 
@@ -100,7 +112,13 @@ def loop_run(
     return run.model_copy(update={"data": Data(domains=domains), "train": run.train.model_copy(update=changes)})
 
 
-def trainer_of(run: Run, mesh: Mesh) -> Trainer:
+def session_of(run: Run, mesh: Mesh) -> Session:
     """What launch/pretrain_moe.py builds, quietly."""
     log = Logger(Path(run.train.out), mesh.world.rank == 0, run.train.steps, quiet=True)
     return build(run, mesh, torch.device("cpu"), *open_corpus(run), log)
+
+
+def begin_of(session: Session) -> Beginning:
+    """Where the run begins, as the loop brings it there."""
+    run, mesh, engine, loader, log = session.run, session.mesh, session.engine, session.loader, session.log
+    return begin(run, mesh, engine, loader, log, session.heartbeat)

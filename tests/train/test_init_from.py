@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
+from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.read import read_hf
 from moe_engine.checkpoint.reader import Reader
@@ -24,9 +24,9 @@ from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import note_of
 from moe_engine.plan.out_folder import check_out_folder
 from moe_engine.plan.start import weight_warnings
-from moe_engine.train.loop import fit, resume
+from moe_engine.train.loop import fit
 from tests.checkpoint.hf.small import save, tensors_of, theirs, transformers
-from tests.train.small import loop_run, part_of, trainer_of
+from tests.train.small import begin_of, loop_run, part_of, session_of
 from tools.faults.arena import make_corpus
 
 Layout = tuple[int, int, int]
@@ -73,9 +73,9 @@ def start(run: Run, mesh: Mesh, hf: Path) -> tuple[int, int, np.ndarray, np.ndar
 
     Returns the elements of masters that are first copies, those of the whole model, and tokens and labels of the step.
     """
-    trainer, wanted = trainer_of(run, mesh), whole_weights(hf)
-    assert resume(trainer) == (0, 0)
-    engine, firsts = trainer.engine, 0
+    session, wanted = session_of(run, mesh), whole_weights(hf)
+    assert begin_of(session) == (0, 0)
+    engine, firsts = session.engine, 0
     by_name = {name: p for p, name in engine.names.items()}
     assert by_name.keys() == wanted.keys()
     for owned in engine.owned():
@@ -84,11 +84,11 @@ def start(run: Run, mesh: Mesh, hf: Path) -> tuple[int, int, np.ndarray, np.ndar
         firsts += owned.master.numel() if owned.first_copy else 0
     for name, parameter in by_name.items() if run.parallel.zero < 3 else ():
         assert torch.equal(parameter, part_of(wanted[name], parameter).to(parameter.dtype)), name
-    place = trainer.loader.state()
-    batches = trainer.loader.next_step()
-    trainer.loader.load_state(place)
-    fit(trainer)
-    trainer.log.close()
+    place = session.loader.state()
+    batches = session.loader.next_step()
+    session.loader.load_state(place)
+    fit(session)
+    session.log.close()
     tokens, labels = (torch.cat([batch[field] for batch in batches]).numpy() for field in (0, 1))
     return firsts, sum(w.numel() for w in wanted.values()), tokens, labels
 
@@ -142,25 +142,25 @@ def test_a_run_starts_from_a_run_of_another_layout_with_its_biases(
 
     def write(rank: int) -> None:
         run = run_from(hf, corpus, tmp_path / "first", (2, 2, 1), model=biased, train={"steps": 3})
-        trainer = trainer_of(run, build_mesh(2, 2, 1))
-        fit(trainer)
-        trainer.log.close()
+        session = session_of(run, build_mesh(2, 2, 1))
+        fit(session)
+        session.log.close()
 
     run_on_ranks(write, 4)
     folder = tmp_path / "first" / "checkpoints" / "step-00000003"
 
     def read(rank: int) -> None:
         run = run_from(hf, corpus, tmp_path / "second", layout, model=biased, train={"init_from": str(folder)})
-        trainer, reader = trainer_of(run, build_mesh(*layout)), Reader(folder)
-        assert resume(trainer) == (0, 0)
-        for parameter, name in trainer.engine.names.items():
+        session, reader = session_of(run, build_mesh(*layout)), Reader(folder)
+        assert begin_of(session) == (0, 0)
+        for parameter, name in session.engine.names.items():
             assert torch.equal(parameter, part_of(reader.whole(name), parameter)), name
         extra = [reader.extra(writer) for writer in range(4)]
-        for i, router in enumerate(trainer.engine.routers):
+        for i, router in enumerate(session.engine.routers):
             assert router.expert_bias is not None and router.expert_bias.abs().max() > 0.01
             assert all(torch.equal(router.expert_bias, each[f"expert_bias/{i}"]) for each in extra)
-        assert trainer.loader.state() == trainer_of(run, trainer.mesh).loader.state()  # the data start anew
-        trainer.log.close()
+        assert session.loader.state() == session_of(run, session.mesh).loader.state()  # the data start anew
+        session.log.close()
 
     run_on_ranks(read, layout[0] * layout[1] * layout[2])
     for name in ("config.json", "tokenizer.model"):  # handed on from run to run
@@ -171,12 +171,12 @@ def alone(run: Run) -> tuple[str, dict[str, np.ndarray]]:
     """Start a run on one rank; what it was refused for, and its weights."""
 
     def on_rank(rank: int) -> tuple[str, dict[str, np.ndarray]]:
-        trainer = trainer_of(run, build_mesh(1, 1, 1))
+        session = session_of(run, build_mesh(1, 1, 1))
         try:
-            resume(trainer)
+            begin_of(session)
         except EngineError as error:
             return str(error), {}
-        return "", {name: p.detach().numpy().copy() for p, name in trainer.engine.names.items()}
+        return "", {name: p.detach().numpy().copy() for p, name in session.engine.names.items()}
 
     return run_on_ranks(on_rank, 1)[0]
 
@@ -205,9 +205,9 @@ def refusals(run: Run, layout: Layout) -> list[str]:
     """What every rank is told when the run starts; empty where it does."""
 
     def on_rank(rank: int) -> str:
-        trainer = trainer_of(run, build_mesh(*layout))
+        session = session_of(run, build_mesh(*layout))
         try:
-            resume(trainer)
+            begin_of(session)
         except EngineError as error:
             return f"{error.exit_code} {error}"
         return ""
@@ -252,8 +252,8 @@ def test_case_07_a_run_keeps_what_goes_along_and_its_export_has_it(
     for start in ("source", "imported"):
         out = tmp_path / f"of-{start}"
         run = run_from(source, corpus, out, (1, 1, 1), train={"init_from": str(tmp_path / start)})
-        run_on_ranks(lambda rank, run=run: fit(trainer_of(run, build_mesh(1, 1, 1))), 1)
-        export_checkpoint(out / "checkpoints" / "step-00000001", tmp_path / f"{start}-again", Wishes())
+        run_on_ranks(lambda rank, run=run: fit(session_of(run, build_mesh(1, 1, 1))), 1)
+        export_checkpoint(out / "checkpoints" / "step-00000001", tmp_path / f"{start}-again", ExportOptions())
         for name in [*files, "tokenizer.model", "config.json", "real.json"]:
             for folder in (out / "hf", tmp_path / f"{start}-again"):
                 assert (folder / name).read_bytes() == (source / name).read_bytes(), name
@@ -326,8 +326,8 @@ def test_case_11c_a_run_is_exported_in_the_dtype_of_the_tensors_it_began_from(
         start = tmp_path / "imported"
         read_hf(HfFolder(source), start)
     run = run_from(source, corpus, tmp_path / "out", (1, 1, 1), train={"init_from": str(start)})
-    run_on_ranks(lambda rank: fit(trainer_of(run, build_mesh(1, 1, 1))), 1)
-    export_checkpoint(tmp_path / "out" / "checkpoints" / "step-00000001", tmp_path / "again", Wishes())
+    run_on_ranks(lambda rank: fit(session_of(run, build_mesh(1, 1, 1))), 1)
+    export_checkpoint(tmp_path / "out" / "checkpoints" / "step-00000001", tmp_path / "again", ExportOptions())
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "again").values()} == {torch.bfloat16}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert loaded.dtype == torch.bfloat16

@@ -15,7 +15,7 @@ from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.loop import fit
 from moe_engine.train.schedule import learning_rate
-from tests.train.small import SEQUENCES, loop_run, parameters_of, relative, trainer_of
+from tests.train.small import SEQUENCES, loop_run, parameters_of, relative, session_of
 from tools.faults.arena import make_corpus
 
 FIELDS = {
@@ -48,7 +48,7 @@ def test_no_two_data_ranks_read_the_same_sample(corpus: Path, tmp_path: Path, la
 
     def on_rank(rank: int) -> tuple[int, list[bytes]]:
         mesh = build_mesh(*layout)
-        loader = trainer_of(run, mesh).loader
+        loader = session_of(run, mesh).loader
         batches = [batch for _ in range(20) for batch in loader.next_step()]
         return mesh.data.rank, [row.numpy().tobytes() for batch in batches for row in batch.tokens_BS]
 
@@ -65,7 +65,7 @@ def test_rows_of_a_run(corpus: Path, tmp_path: Path):
     run = loop_run(corpus, tmp_path, (2, 1, 1), settings={"lr": 1e-2}, steps=6, eval_every=3)
 
     def on_rank(rank: int) -> None:
-        fit(trainer_of(run, build_mesh(2, 1, 1)))
+        fit(session_of(run, build_mesh(2, 1, 1)))
 
     run_on_ranks(on_rank, 2)
     rows = read_rows(tmp_path / "metrics.jsonl")
@@ -92,7 +92,7 @@ def test_rows_are_the_documented_ones(corpus: Path, tmp_path: Path, attention: b
     run = loop_run(
         corpus, tmp_path, (1, 1, 1), steps=1, settings={"model": {"vocab_size": 264} | (routed if attention else {})}
     )
-    run_on_ranks(lambda rank: fit(trainer_of(run, build_mesh(1, 1, 1))), 1)
+    run_on_ranks(lambda rank: fit(session_of(run, build_mesh(1, 1, 1))), 1)
     (row,) = read_rows(tmp_path / "metrics.jsonl")
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     page = page.partition("## metrics.jsonl")[2].partition("## eval.jsonl")[0]
@@ -113,7 +113,7 @@ def test_curve_does_not_depend_on_the_layout(corpus: Path, tmp_path: Path):
         out = tmp_path / "x".join(map(str, layout))
         run = loop_run(corpus, out, layout, steps=8)
         world = layout[0] * layout[1] * layout[2]
-        run_on_ranks(lambda rank, run=run, layout=layout: fit(trainer_of(run, build_mesh(*layout))), world)
+        run_on_ranks(lambda rank, run=run, layout=layout: fit(session_of(run, build_mesh(*layout))), world)
         rows = read_rows(out / "metrics.jsonl")
         held_out = read_rows(out / "eval.jsonl")[-1]["loss"] if layout == (1, 1, 1) else None
         curves.append([x for row in rows for x in (row["loss"], row["grad_norm"], *row["domain_loss"].values())])
@@ -127,8 +127,8 @@ def test_five_skipped_steps_in_a_row_stop_the_run(corpus: Path, tmp_path: Path):
 
     def on_rank(rank: int) -> str:
         mesh = build_mesh(1, 2, 1)
-        trainer = trainer_of(run, mesh)
-        before = parameters_of(trainer.engine)
+        session = session_of(run, mesh)
+        before = parameters_of(session.engine)
         passes = []
 
         def spoil(module: torch.nn.Module, inputs: object, output: Output) -> Output:
@@ -136,11 +136,11 @@ def test_five_skipped_steps_in_a_row_stop_the_run(corpus: Path, tmp_path: Path):
             bad = rank == 1 and len(passes) in (3, 5, *range(6, 99))
             return output._replace(loss_T=output.loss_T * math.nan) if bad else output
 
-        trainer.engine.model.register_forward_hook(spoil)
+        session.engine.model.register_forward_hook(spoil)
         with pytest.raises(EngineError, match="5 steps in a row were skipped") as caught:
-            fit(trainer)
+            fit(session)
         assert len(passes) == 9 and caught.value.exit_code == 70
-        after = parameters_of(trainer.engine)
+        after = parameters_of(session.engine)
         assert all(bool(p.isfinite().all()) for p in after.values())
         assert max(relative(p, before[name]) for name, p in after.items()) > 1e-3  # three good steps moved them
         return str(caught.value)
@@ -161,7 +161,7 @@ def test_a_used_folder_is_not_overwritten(corpus: Path, tmp_path: Path):
 
     def on_rank(rank: int) -> str:
         with pytest.raises(ConfigError, match="--resume auto") as caught:
-            fit(trainer_of(run, build_mesh(1, 1, 1)))
+            fit(session_of(run, build_mesh(1, 1, 1)))
         return str(caught.value)
 
     assert str(tmp_path) in run_on_ranks(on_rank, 1)[0]

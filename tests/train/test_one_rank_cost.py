@@ -22,8 +22,8 @@ from moe_engine.data.loader import Batch
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise
-from moe_engine.train.loop import make_engine
-from moe_engine.train.step import train_step
+from moe_engine.train.session import make_engine
+from moe_engine.train.step import accumulate, finish
 from moe_engine.train.terms import pretraining_terms
 model = Model(vocab_size=VOCAB, hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
 run = Run(model=model, train=Train(seq_length=S, micro_batch=2, global_batch=2, precision=sys.argv[1]))
@@ -32,7 +32,7 @@ initialise(transformer, 0)
 engine, terms = make_engine(transformer, run, Mesh()), pretraining_terms(model)
 positions = torch.arange(S).repeat(2, 1)
 batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, torch.zeros(2, dtype=torch.int64))
-step = lambda: train_step(engine, terms, Mesh(), [batch], 1e-4)
+step = lambda: finish(engine, terms, Mesh(), [batch], accumulate(engine, terms, Mesh(), [batch]), 1e-4)
 """
 PLAIN = """
 from transformers import LlamaConfig, LlamaForCausalLM

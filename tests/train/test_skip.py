@@ -9,10 +9,9 @@ from torch import Tensor
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import note_of
-from moe_engine.train.loop import make_engine
-from moe_engine.train.step import train_step
+from moe_engine.train.session import make_engine
 from moe_engine.train.terms import pretraining_terms
-from tests.train.small import my_batches, parameters_of, run_of, transformer_of
+from tests.train.small import my_batches, parameters_of, run_of, train_step, transformer_of
 
 EXPERT, DENSE = "layers.1.ffn.experts.w_down", "layers.0.attention.q.weight"
 LONG = pytest.mark.slow

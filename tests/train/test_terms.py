@@ -22,7 +22,7 @@ from tests.train.small import (
     part_of,
     relative,
     run_of,
-    trainer_of,
+    session_of,
     transformer_of,
 )
 from tools.faults.arena import make_corpus
@@ -46,9 +46,9 @@ def test_the_term_of_the_page_is_minimised_and_logged(tmp_path: Path, capfd: pyt
 
     def on_rank(rank: int) -> None:
         mesh = build_mesh(1, 2, 1)
-        trainer = trainer_of(run, mesh)
-        trainer.log.quiet = mesh.world.rank > 0
-        fit(trainer._replace(terms=(*trainer.terms, entropy(0.01, mesh.tp))))
+        session = session_of(run, mesh)
+        session.log.quiet = mesh.world.rank > 0
+        fit(session._replace(terms=(*session.terms, entropy(0.01, mesh.tp))))
 
     run_on_ranks(on_rank, 2)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")

@@ -10,11 +10,10 @@ from moe_engine.config_layout import layout_problems, other_problems
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.engine import OneRank
-from moe_engine.train.loop import make_engine
-from moe_engine.train.step import train_step
+from moe_engine.train.session import make_engine
 from moe_engine.train.terms import pretraining_terms
 from moe_engine.train.zero import ZeroEngine
-from tests.train.small import engine_of, my_batches, relative, run_of, transformer_of
+from tests.train.small import engine_of, my_batches, relative, run_of, train_step, transformer_of
 
 STEPS = 5
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")

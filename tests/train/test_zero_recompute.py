@@ -11,7 +11,7 @@ from moe_engine.log import read_rows
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.loop import fit
-from tests.train.small import loop_run, trainer_of
+from tests.train.small import loop_run, session_of
 from tools.faults.arena import make_corpus
 
 # experts of more than 100,000 elements: smaller weights stay gathered under ZeRO 3
@@ -48,19 +48,19 @@ def trace(corpus: Path, out: Path, layout: tuple[int, int, int], zero: int, reco
     settings = {"accumulation": 2, "zero": zero, "recompute": recompute} | kind
     settings["model"] = MODEL | kind.get("model", {})
     out = out / f"{zero} {recompute} {name}"
-    trainer = trainer_of(loop_run(corpus, out, layout, settings=settings, **{"steps": 3} | train), build_mesh(*layout))
+    session = session_of(loop_run(corpus, out, layout, settings=settings, **{"steps": 3} | train), build_mesh(*layout))
     if save_after:
 
-        def beat(step: int, where: str) -> None:
-            trainer.requests.save |= (step, where) == (save_after, "training")
+        def heartbeat(step: int, where: str) -> None:
+            session.requests.save |= (step, where) == (save_after, "training")
 
-        trainer = trainer._replace(beat=beat)
-    fit(trainer)
+        session = session._replace(heartbeat=heartbeat)
+    fit(session)
     rows = [[row["loss"], row["grad_norm"]] for row in read_rows(out / "metrics.jsonl")]
     held_out = [row["loss"] for row in read_rows(out / "eval.jsonl")]
-    masters = {owned.name: owned.master.numpy().copy() for owned in trainer.engine.owned()}
+    masters = {owned.name: owned.master.numpy().copy() for owned in session.engine.owned()}
     assert not save_after or (out / "checkpoints" / f"step-{save_after:08}").is_dir()
-    trainer.engine.close()
+    session.engine.close()
     return [rows, held_out, masters]
 
 

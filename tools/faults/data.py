@@ -48,10 +48,10 @@ def no_labels(arena: Arena, count: int) -> Injections:
 
 def blanked(arena: Arena, ranks: int, accumulation: int, all_blank: bool, zero: int) -> str | None:
     import moe_engine.train.zero  # noqa: F401 (imported before the ranks are forked)
-    from moe_engine.train.loop import make_engine
-    from moe_engine.train.step import evaluate, train_step
+    from moe_engine.train.evaluation import evaluate
+    from moe_engine.train.session import make_engine
     from moe_engine.train.terms import pretraining_terms
-    from tools.faults.ranks import run_of
+    from tools.faults.ranks import run_of, train_step
 
     micro_batch = 4 // accumulation
     train = {"accumulation": accumulation, "micro_batch": micro_batch, "global_batch": micro_batch * 2}

@@ -15,7 +15,7 @@ from moe_engine.checkpoint.saver import Saver
 from moe_engine.checkpoint.shard import open_shard
 from moe_engine.errors import EngineError
 from moe_engine.log import read_rows
-from moe_engine.train.loop import Trainer
+from moe_engine.train.session import Session
 from moe_engine.train.state import load_state, save_state
 from tools.faults.arena import Arena, Fault, Injections
 from tools.faults.ranks import Layout, Ranks, last_words, run_of, train_to_the_end
@@ -56,10 +56,10 @@ def taken_over(arena: Arena, folder: Path, layout: Layout, zero: int) -> tuple[P
     out = arena.folder("taken-over")
     given = read_manifest(folder)
 
-    def before(rank: int, trainer: Trainer) -> None:
-        load_state(trainer.engine, trainer.mesh, folder)
-        saver = Saver(out / "again", trainer.mesh.world)
-        save_state(trainer.engine, trainer.mesh, saver, STEPS, {key: given[key] for key in ("run", "data", "tokens")})
+    def before(rank: int, session: Session) -> None:
+        load_state(session.engine, session.mesh, folder)
+        saver = Saver(out / "again", session.mesh.world)
+        save_state(session.engine, session.mesh, saver, STEPS, {key: given[key] for key in ("run", "data", "tokens")})
 
     run = run_of(arena.corpus(), out, layout, zero=zero, jitter=False, steps=STEPS + 1, resume=str(folder))
     if set(codes := Ranks(run, before).wait(120)) != {0}:

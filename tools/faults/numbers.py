@@ -26,7 +26,8 @@ from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import initialise, note_of
 from moe_engine.train.engine import Engine
-from moe_engine.train.loop import MAX_SKIPPED, build, fit, make_engine
+from moe_engine.train.loop import MAX_SKIPPED, fit
+from moe_engine.train.session import build, make_engine
 from moe_engine.train.step import accumulate, finish
 from moe_engine.train.terms import pretraining_terms
 from tools.faults.arena import Arena, Fault, Injections
@@ -121,9 +122,9 @@ def train_spoiled(rank: int, run: Run, poison: Poison) -> tuple[list[str], list[
     log = Listener(Path(run.train.out), rank == 0, run.train.steps)
     states: list[dict[str, bytes]] = []
 
-    def beat(step: int, where: str) -> None:
+    def heartbeat(step: int, where: str) -> None:
         if where == "training":
-            states.append(state_of(trainer.engine))
+            states.append(state_of(session.engine))
 
     def spoil(grad: Tensor) -> Tensor | None:
         if not poison.plan[len(states) - 1]:
@@ -132,15 +133,15 @@ def train_spoiled(rank: int, run: Run, poison: Poison) -> tuple[list[str], list[
         spoiled.view(-1)[-1] = poison.value
         return spoiled
 
-    trainer = build(run, mesh, torch.device("cpu"), *open_corpus(run), log, beat=beat)
+    session = build(run, mesh, torch.device("cpu"), *open_corpus(run), log, heartbeat=heartbeat)
     if rank == poison.rank:
-        next(p for p, name in trainer.engine.names.items() if name == poison.weight).register_hook(spoil)
+        next(p for p, name in session.engine.names.items() if name == poison.weight).register_hook(spoil)
     code = 0
     try:
-        fit(trainer)
+        fit(session)
     except EngineError as error:
         code = error.exit_code
-    states.append(state_of(trainer.engine))
+    states.append(state_of(session.engine))
     moved = [before != after for before, after in itertools.pairwise(states)]
     return [line for line in log.said if "skipped" in line], moved, code
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_engine.checkpoint.folders import steps_in
 from moe_engine.config import Run
 from moe_engine.parallel.collectives import barrier
-from moe_engine.train.loop import Trainer
+from moe_engine.train.session import Session
 from tools.faults.arena import Arena, Fault, Injections
 from tools.faults.kills import LAYOUTS, go_on, in_a_save, launched
 from tools.faults.ranks import Before, Layout, Ranks, before_each_step, last_words, run_of, trace_of
@@ -57,12 +57,12 @@ def told_to_save(arena: Arena, count: int) -> Injections:
 def _usr1_at(step: int) -> Before:
     """A rank sends itself the signal when it has done `step`."""
 
-    def before(rank: int, trainer: Trainer) -> None:
+    def before(rank: int, session: Session) -> None:
         def act(done: int) -> None:
             if done == step and rank == 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
 
-        before_each_step(trainer, act)
+        before_each_step(session, act)
 
     return before
 
@@ -97,7 +97,7 @@ def standing_still(arena: Arena, count: int) -> Injections:
 
 
 def _hold_up(victim: int, kind: str, step: int) -> Before:
-    def before(rank: int, trainer: Trainer) -> None:
+    def before(rank: int, session: Session) -> None:
         def act(done: int) -> None:
             if done != step or rank != victim:
                 return
@@ -106,9 +106,9 @@ def _hold_up(victim: int, kind: str, step: int) -> Before:
             elif kind == "asleep":
                 time.sleep(600)
             else:  # one collective more than the others: what follows meets the wrong partners, or nobody
-                barrier(trainer.mesh.world)
+                barrier(session.mesh.world)
 
-        before_each_step(trainer, act)
+        before_each_step(session, act)
 
     return before
 

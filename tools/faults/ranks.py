@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,19 @@ import torch.distributed as dist
 
 from moe_engine.config import Data, Domain, Model, Optimizer, Parallel, Run, Train
 from moe_engine.data.corpus import open_corpus
+from moe_engine.data.loader import Batch
 from moe_engine.errors import EngineError
 from moe_engine.host.lock import lock
 from moe_engine.host.signals import Requests
 from moe_engine.host.watch import Watch
 from moe_engine.log import Logger, read_rows
 from moe_engine.parallel.collectives import barrier
-from moe_engine.parallel.mesh import build_mesh
-from moe_engine.train.loop import Trainer, build, fit
+from moe_engine.parallel.mesh import Mesh, build_mesh
+from moe_engine.train.engine import Engine
+from moe_engine.train.loop import fit
+from moe_engine.train.session import Session, build
+from moe_engine.train.step import StepReport, accumulate, finish
+from moe_engine.train.terms import Term
 
 Layout = tuple[int, int, int]  # dp, ep, tp
 SEQUENCES, LENGTH = 8, 16
@@ -44,7 +49,7 @@ MODEL = Model(
     moe_intermediate_size=24, num_local_experts=8, expert_bias_update_rate=0.01, router_jitter_noise=0.05,
     initializer_range=0.1,
 )  # fmt: skip
-Before = Callable[[int, Trainer], None]  # called on every rank between building the trainer and training
+Before = Callable[[int, Session], None]  # called on every rank between building the session and training
 Trace = dict[tuple[int, int], set[str]]  # (rank, step) -> what was written for it, once or more often
 
 
@@ -65,6 +70,11 @@ def run_of(corpus: Path, out: Path, layout: Layout, *, zero: int = 2, jitter: bo
         data=Data(domains=tuple(domains)),
         train=Train(**settings | train),
     )
+
+
+def train_step(engine: Engine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch], lr: float) -> StepReport:
+    """One step, as the loop makes it."""
+    return finish(engine, terms, mesh, batches, accumulate(engine, terms, mesh, batches), lr)
 
 
 class Ranks:
@@ -124,15 +134,15 @@ def last_words(out: Path) -> str:
     return " | ".join(said)
 
 
-def before_each_step(trainer: Trainer, act: Callable[[int], None]) -> None:
+def before_each_step(session: Session, act: Callable[[int], None]) -> None:
     """From now on act(steps that this process has done) comes before each batch is read."""
-    read, done = trainer.loader.next_step, itertools.count()
+    read, done = session.loader.next_step, itertools.count()
 
     def next_step() -> Any:
         act(next(done))
         return read()
 
-    trainer.loader.next_step = next_step
+    session.loader.next_step = next_step
 
 
 def written(out: Path) -> Iterator[tuple[tuple[int, int], str]]:
@@ -212,28 +222,28 @@ def _train(run: Run, rank: int, meeting: str, requests: Requests, before: Before
     trace = (out / f"trace-rank-{rank:05d}.jsonl").open("a")
     batches: list[str] = []
 
-    def beat(step: int, where: str) -> None:
-        watch.beat(step, where)
+    def heartbeat(step: int, where: str) -> None:
+        watch.heartbeat(step, where)
         if where == "saving":
-            trace.write(json.dumps([step, batches[-1], _state(trainer), _random()]) + "\n")
+            trace.write(json.dumps([step, batches[-1], _state(session), _random()]) + "\n")
             trace.flush()
 
     with watch:
         store = dist.FileStore(str(Path(meeting) / "store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         mesh = build_mesh(run.parallel.dp, run.parallel.ep, run.parallel.tp)
-        trainer = build(run, mesh, torch.device("cpu"), *open_corpus(run), log, requests, beat)
-        read = trainer.loader.next_step
+        session = build(run, mesh, torch.device("cpu"), *open_corpus(run), log, requests, heartbeat)
+        read = session.loader.next_step
 
         def next_step() -> Any:
             step = read()
             batches.append(_digest(*(batch.tokens_BS for batch in step)))
             return step
 
-        trainer.loader.next_step = next_step
+        session.loader.next_step = next_step
         if before:
-            before(rank, trainer)
-        fit(trainer)
+            before(rank, session)
+        fit(session)
         barrier(mesh.world)
     log.close()
     if held:
@@ -247,11 +257,11 @@ def _digest(*tensors: torch.Tensor) -> str:
     return digest.hexdigest()[:32]
 
 
-def _state(trainer: Trainer) -> str:
+def _state(session: Session) -> str:
     """Weights, and the masters, moments and step counts that this rank owns."""
-    owned = [tensor for part in trainer.engine.owned() for tensor in (part.master, *part.moments.values())]
-    biases = [router.expert_bias for router in trainer.engine.routers if router.expert_bias is not None]
-    return _digest(*(tensor.reshape(-1) for tensor in (*trainer.engine.names, *owned, *biases)))
+    owned = [tensor for part in session.engine.owned() for tensor in (part.master, *part.moments.values())]
+    biases = [router.expert_bias for router in session.engine.routers if router.expert_bias is not None]
+    return _digest(*(tensor.reshape(-1) for tensor in (*session.engine.names, *owned, *biases)))
 
 
 def _random() -> str:

@@ -22,7 +22,10 @@ from moe_engine.config_report import KEYS, SECTIONS, problem_lines
 from moe_engine.data.corpus import open_corpus
 from moe_engine.errors import ConfigError
 from moe_engine.parallel.mesh import Mesh
-from moe_engine.train.loop import Trainer, Wishes, build, resume, save
+from moe_engine.train.asked import Asked
+from moe_engine.train.begin import begin
+from moe_engine.train.saving import Saving
+from moe_engine.train.session import Session, build
 from tools.faults.arena import Arena, Fault, Injections
 from tools.faults.numbers import Listener, on_ranks
 from tools.faults.ranks import run_of
@@ -235,22 +238,24 @@ def fields_are_changed(arena: Arena, count: int) -> Injections:
 def resume_changed(_: int, run: Run, fields: list[str]) -> list[str | None]:
     """What is wrong with the answer to each change, None where nothing is."""
     log = Listener(Path(run.train.out), True, run.train.steps)
-    trainer = build(run, Mesh(), torch.device("cpu"), *open_corpus(run), log)
-    save(trainer, 1, 0, Wishes(stop=False, save=True), last=True)
-    return [answer_to(dotted, trainer) for dotted in fields]
+    session = build(run, Mesh(), torch.device("cpu"), *open_corpus(run), log)
+    saving = Saving(run, session.mesh, session.engine, session.loader, session.saver, log)
+    saving.after_step(1, 0, Asked(save=True), last=True)
+    return [answer_to(dotted, session) for dotted in fields]
 
 
-def answer_to(dotted: str, trainer: Trainer) -> str | None:
+def answer_to(dotted: str, session: Session) -> str | None:
     """Resume with one field changed, and compare what happens with the table above."""
     section, key, *rest = dotted.split(".")
-    was = getattr(getattr(trainer.run, section), key)
-    now = changed(trainer.run, section, key, rest)
-    part = getattr(trainer.run, section).model_copy(update={key: now})
-    log = Listener(Path(trainer.run.train.out), False, trainer.run.train.steps)
+    was = getattr(getattr(session.run, section), key)
+    now = changed(session.run, section, key, rest)
+    part = getattr(session.run, section).model_copy(update={key: now})
+    log = Listener(Path(session.run.train.out), False, session.run.train.steps)
     expected = "allowed" if dotted in ALLOWED else "warn" if dotted in WARNED else VERDICT[section]
     found, lines = "allowed", log.said
     try:
-        resume(trainer._replace(run=trainer.run.model_copy(update={section: part}), log=log))
+        changed_run = session.run.model_copy(update={section: part})
+        begin(changed_run, session.mesh, session.engine, session.loader, log, session.heartbeat)
     except ConfigError as error:
         found, lines = "fatal", [str(error)]
     found = "warn" if found == "allowed" and lines else found

@@ -8,7 +8,7 @@ from pathlib import Path
 from moe_engine.checkpoint.folders import steps_in
 from moe_engine.errors import EngineError
 from moe_engine.log import read_rows
-from moe_engine.train.loop import Trainer
+from moe_engine.train.session import Session
 from tools.faults.arena import Arena, Fault, Injections
 from tools.faults.kills import after_a_kill, go_on
 from tools.faults.ranks import Before, Layout, Ranks, before_each_step, last_words, run_of
@@ -49,7 +49,7 @@ def _done(out: Path) -> int:
 def _usage_to(path: Path) -> Before:
     """Rank 0 writes its resident pages and open files before each step."""
 
-    def before(rank: int, trainer: Trainer) -> None:
+    def before(rank: int, session: Session) -> None:
         if rank:
             return
         file = path.open("a")
@@ -59,7 +59,7 @@ def _usage_to(path: Path) -> Before:
             file.write(f"{resident} {len(os.listdir('/proc/self/fd'))}\n")
             file.flush()
 
-        before_each_step(trainer, act)
+        before_each_step(session, act)
 
     return before
 

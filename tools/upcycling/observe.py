@@ -48,8 +48,8 @@ def observe(given: argparse.Namespace, options: Options, parent: HfFolder, text:
         gates = feature_rows(given.router_init, parent, text.sample_BS, options, given.method)
         router = lambda layer, experts: repeated(gates[layer], options, given.method)  # noqa: E731
     if text.prompts is not None or given.method in SCORED:
-        with stage("reading", len(parent.shapes), "weights") as beat:
-            dense = load(parent, parent.model, beat)
+        with stage("reading", len(parent.shapes), "weights") as progress:
+            dense = load(parent, parent.model, progress)
     if text.prompts is not None:
         assert dense is not None
         rows_NED = prompt_rows(given.router_init, dense, text.prompts, text.bos_id)
@@ -94,11 +94,11 @@ def drawn_rows(given: argparse.Namespace, options: Options, parent: HfFolder, wh
 def feature_rows(kind: str, parent: HfFolder, tokens_BS: Tensor, options: Options, method: str) -> list[Tensor]:
     """clusters or random_features of each layer's inputs, in one pass that has one layer in memory."""
     make, rows = getattr(routers, kind), list[Tensor]()
-    with stage("routers", parent.model.num_hidden_layers, "layers") as beat:
+    with stage("routers", parent.model.num_hidden_layers, "layers") as progress:
 
         def see(layer: int, x_TD: Tensor) -> None:
             rows.append(make(x_TD, rows_of(options, method), layer, options.seed))
-            beat(1)
+            progress(1)
 
         (batch,) = batches(tokens_BS, len(tokens_BS))
         mlp_inputs(streamed(parent, parent.model), batch, see)
@@ -110,12 +110,12 @@ def importance(
 ) -> Tensor:
     """score[N, E, F] over the groups that the gates make of tokens, or without gates of sequences that are alike."""
     size = max(1, TOKENS_AT_ONCE // tokens_BS.shape[1])
-    with stage("importance", len(tokens_BS), f"sequences of {tokens_BS.shape[1]} tokens") as beat:
+    with stage("importance", len(tokens_BS), f"sequences of {tokens_BS.shape[1]} tokens") as progress:
 
         def sample() -> Iterator[Batch]:
             for batch in batches(tokens_BS, size):
                 yield batch
-                beat(len(batch.tokens_BS))
+                progress(len(batch.tokens_BS))
 
         if gates is not None:
             return neuron_importance(dense, sample(), options.experts, gates, variant)

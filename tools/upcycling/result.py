@@ -58,12 +58,12 @@ def write(
     identity = [[identity_of(parent) for parent in parents], flags, read_so_far(text)]
     size = sum(source.dtype(name, box).itemsize * volume(box) for name, box in boxes_of(source).items())
     with stage("making", size / 1e9, "GB") as shown:
-        beat = lambda n: shown(n / 1e9)  # noqa: E731
+        progress = lambda n: shown(n / 1e9)  # noqa: E731
         if target is not None:
-            return write_hf(source, child, target, given.out, identity, beat, given.allow_nonfinite)
+            return write_hf(source, child, target, given.out, identity, progress, given.allow_nonfinite)
         return write_weights(
             source, child, files_of(source, shard_bytes(given)), parents[0].side, {}, given.out, identity,
-            beat, given.allow_nonfinite,
+            progress, given.allow_nonfinite,
         )  # fmt: skip
 
 
@@ -109,8 +109,8 @@ def compare(given: argparse.Namespace, parent: HfFolder, tokens_BS: Tensor, expe
     else:
         child = open_checkpoint(given.out)
     layers = 2 * parent.model.num_hidden_layers
-    with stage("comparing", layers, "layers") as beat:
-        found = receipt(streamed(parent, parent.model, beat), streamed(*child, beat), tokens_BS, expected)
+    with stage("comparing", layers, "layers") as progress:
+        found = receipt(streamed(parent, parent.model, progress), streamed(*child, progress), tokens_BS, expected)
     print(*lines_of(found), sep="\n")
     if not found.holds:
         print(

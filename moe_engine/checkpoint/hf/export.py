@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moe_engine.checkpoint.folders import folder_of, steps_in
 from moe_engine.checkpoint.hf.carried import carried_config, of_checkpoint
 from moe_engine.checkpoint.hf.families import TABLES
 from moe_engine.checkpoint.hf.tokenizer_files import as_trained
 from moe_engine.checkpoint.hf.write import Target, refuse_biases, write_hf
 from moe_engine.checkpoint.manifest import NAME, problems_of
 from moe_engine.checkpoint.reader import Reader
-from moe_engine.checkpoint.weights_only import Beat, Written
+from moe_engine.checkpoint.weights_only import Progress, Written
 from moe_engine.config import Model, Run, torch_dtype
 from moe_engine.config_hf import FAMILIES, came_as, differences, family_of, model_from_hf
 from moe_engine.config_hf.spelling import dtype_of
@@ -22,7 +23,7 @@ from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import obstacle
 
 
-class Wishes(NamedTuple):
+class ExportOptions(NamedTuple):
     """None: as the weights came, or for a run that began from nothing the usual. dtype: "bf16" or "bfloat16"."""
 
     family: str | None = None
@@ -66,27 +67,39 @@ def usual_family(model: Model, side: Mapping[str, bytes]) -> str:
 
 
 def export_checkpoint(
-    folder: Path, out: Path, wishes: Wishes, beat: Beat = lambda n: None, verify: bool = True
+    folder: Path, out: Path, options: ExportOptions, progress: Progress = lambda n: None, verify: bool = True
 ) -> tuple[Target, Written]:
     """Write `out` from a checkpoint; see write_hf. verify: False for one that was written a moment ago."""
     reader, model = open_checkpoint(folder, verify)
     side = as_trained(of_checkpoint(folder), reader.manifest.get("tokenizer"), model.vocab_size)
-    target = target_of(reader.manifest, model, side, wishes)
-    return target, write_hf(reader, model, target, out, reader.manifest["files"], beat, wishes.allow_nonfinite)
+    target = target_of(reader.manifest, model, side, options)
+    return target, write_hf(reader, model, target, out, reader.manifest["files"], progress, options.allow_nonfinite)
 
 
-def target_of(manifest: dict[str, Any], model: Model, side: Mapping[str, bytes], wishes: Wishes) -> Target:
+def export_run(run: Run) -> str:
+    """The newest checkpoint of a run, or the one that it resumed if nothing was left to do, to its export_hf; a line
+    that says so."""
+    root, folder = Path(run.train.out) / "checkpoints", Path(run.train.export_hf or "")
+    steps = steps_in(root)
+    newest = folder_of(root, steps[-1]) if steps else Path(run.train.resume or "")
+    options = ExportOptions(version=run.train.hf_version)
+    target, written = export_checkpoint(newest, folder, options, verify=False)
+    size = f"{len(written.tensors)} tensors, {written.bytes / 1e9:.3f} GB"
+    return f"exported {newest} as {target.family}: {size}, {folder}"
+
+
+def target_of(manifest: dict[str, Any], model: Model, side: Mapping[str, bytes], options: ExportOptions) -> Target:
     """Family, layout and dtype: wished for, or as the weights came, or the usual."""
     came = manifest.get("hf", {})
-    family = wishes.family or came.get("family") or usual_family(model, side)
+    family = options.family or came.get("family") or usual_family(model, side)
     if family not in FAMILIES:
         raise ConfigError(f"--family {family}: expected {', '.join(FAMILIES)}")
     layouts = list(TABLES[family])
-    layout = wishes.layout or (came.get("layout") if came.get("layout") in layouts else layouts[0])
-    dtype = wishes.dtype
+    layout = options.layout or (came.get("layout") if came.get("layout") in layouts else layouts[0])
+    dtype = options.dtype
     if dtype is None and "hf" not in manifest:  # masters are fp32, whatever the run computed in
         dtype = dtype_of(carried_config(side)) or manifest["run"]["train"]["precision"]
-    if not 0 < wishes.shard_gb < math.inf:
-        raise ConfigError(f"--shard-gb {wishes.shard_gb}: expected a number of GB above 0")
+    if not 0 < options.shard_gb < math.inf:
+        raise ConfigError(f"--shard-gb {options.shard_gb}: expected a number of GB above 0")
     kind = getattr(torch, torch_dtype(dtype)) if dtype else None
-    return Target(family, layout, kind, wishes.version, side, bool(came), int(wishes.shard_gb * 1e9))
+    return Target(family, layout, kind, options.version, side, bool(came), int(options.shard_gb * 1e9))

@@ -11,7 +11,7 @@ from moe_engine.checkpoint.hf.contents import CONFIG
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.resize import PER_TOKEN, Resized, whole
 from moe_engine.checkpoint.pieces import Piece, volume
-from moe_engine.checkpoint.weights_only import Beat, Written, write_weights
+from moe_engine.checkpoint.weights_only import Progress, Written, write_weights
 
 
 def identity_of(folder: HfFolder) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def identity_of(folder: HfFolder) -> dict[str, Any]:
 def read_hf(
     folder: HfFolder,
     out: Path,
-    beat: Beat = lambda n: None,
+    progress: Progress = lambda n: None,
     resized: Resized | None = None,
     allow_nonfinite: bool = False,
 ) -> Written:
@@ -45,4 +45,4 @@ def read_hf(
     if resized:
         config = folder.config | {"vocab_size": source.model.vocab_size}
         side = {**side, CONFIG: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
-    return write_weights(source, source.model, files, side, came, out, identity, beat, allow_nonfinite)
+    return write_weights(source, source.model, files, side, came, out, identity, progress, allow_nonfinite)

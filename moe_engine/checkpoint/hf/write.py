@@ -22,7 +22,15 @@ from moe_engine.checkpoint.hf.families import TABLES
 from moe_engine.checkpoint.hf.table import Place, places
 from moe_engine.checkpoint.partial import Partial
 from moe_engine.checkpoint.shard import Digest, Entry, stream_shard
-from moe_engine.checkpoint.weights_only import Beat, Weights, Written, digests_of, hash_of, nonfinite_in, write_bytes
+from moe_engine.checkpoint.weights_only import (
+    Progress,
+    Weights,
+    Written,
+    digests_of,
+    hash_of,
+    nonfinite_in,
+    write_bytes,
+)
 from moe_engine.config import Model
 from moe_engine.config_hf import FAMILIES, both_readers_agree, came_as, model_from_hf, model_to_hf
 from moe_engine.config_hf.spelling import dtype_of
@@ -51,12 +59,12 @@ def write_hf(
     target: Target,
     out: Path,
     identity: Any,
-    beat: Beat = lambda n: None,
+    progress: Progress = lambda n: None,
     allow_nonfinite: bool = False,
 ) -> Written:
     """Write `out`, which must not exist. identity: JSON of what `source` is, by which an interrupted run goes on.
 
-    beat: told of the bytes of each tensor. ConfigError for a model that the family cannot hold, before anything is
+    progress: told of the bytes of each tensor. ConfigError for a model that the family cannot hold, before anything is
     written; DataError for NaN and infinities unless they are allowed; StorageError when the disk refuses.
     """
     table = TABLES[target.family]
@@ -85,7 +93,7 @@ def write_hf(
             def tensor_of(name: str) -> Tensor:
                 tensor = read(source, where[name], entries[name], scale)
                 hashes[name] = hash_of(tensor)
-                beat(tensor.nbytes)
+                progress(tensor.nbytes)
                 return tensor
 
             shard = {name: entries[name] for name in names}
@@ -95,7 +103,7 @@ def write_hf(
 
     for file, names in shards.items():
         if not partial.write(file, make(names)):
-            beat(sum(entries[name].nbytes for name in names))
+            progress(sum(entries[name].nbytes for name in names))
     nonfinite_in(partial, source, allow_nonfinite)
     made = {CONFIG: config} | ({INDEX: index_text(shards, total)} if len(shards) > 1 else {})
     for name in {**made, **dict.fromkeys(target.side)}:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_engine.checkpoint.hf.export import Wishes, target_of
+from moe_engine.checkpoint.hf.export import ExportOptions, target_of
 from moe_engine.checkpoint.hf.first import changes_of
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.write import Target, config_text
@@ -100,7 +100,7 @@ def test_case_20a_a_run_knows_torchs_words(tmp_path: Path) -> None:
             (tmp_path / "run.yaml").write_text(f"train: {{precision: {word}}}")
             assert load(["--config", str(tmp_path / "run.yaml")], 1).run == run
             manifest = {"run": {"train": {"precision": word}}}
-            target = target_of(manifest, run.model, {}, Wishes(family="llama"))
+            target = target_of(manifest, run.model, {}, ExportOptions(family="llama"))
             assert target.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[ours]
     with pytest.raises(ConfigError, match="expected 'fp32' or 'bf16'"):
         load(["--precision", "float16"], 1)

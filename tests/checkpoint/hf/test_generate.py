@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
+from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.read import read_hf
 from moe_engine.checkpoint.reader import Reader
@@ -30,21 +30,21 @@ def greedy(decoder: Transformer, prompt_BS: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("family", "wishes"),
+    ("family", "options"),
     [
-        ("llama", Wishes()),
-        ("llama", Wishes(version=4)),
-        ("mixtral", Wishes()),
-        ("mixtral", Wishes(layout="fused")),
-        ("mixtral", Wishes(version=4, shard_gb=3e-5)),
-        ("mixtral", Wishes(layout="fused", version=5)),
+        ("llama", ExportOptions()),
+        ("llama", ExportOptions(version=4)),
+        ("mixtral", ExportOptions()),
+        ("mixtral", ExportOptions(layout="fused")),
+        ("mixtral", ExportOptions(version=4, shard_gb=3e-5)),
+        ("mixtral", ExportOptions(layout="fused", version=5)),
     ],
     ids=str,
 )
-def test_generates_the_same_tokens(family: str, wishes: Wishes, tmp_path: Path) -> None:
+def test_generates_the_same_tokens(family: str, options: ExportOptions, tmp_path: Path) -> None:
     original = theirs(family, rope_parameters=LLAMA3)
     read_hf(HfFolder(save(original, tmp_path / "hf", side=False)), tmp_path / "checkpoint")
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", wishes)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", options)
     reader = Reader(tmp_path / "checkpoint")
     model = Model.model_validate(reader.manifest["run"]["model"])
     prompt = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(5))

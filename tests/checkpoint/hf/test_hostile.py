@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_engine.checkpoint.hf.export import Wishes, target_of
+from moe_engine.checkpoint.hf.export import ExportOptions, target_of
 from moe_engine.config import Model
 from moe_engine.errors import EngineError
 from tests.checkpoint.hf.small import edit_index, save, tensors_of, theirs
@@ -255,11 +255,11 @@ def test_a_stored_head_of_a_tied_model_must_be_the_embedding(tmp_path: Path) -> 
 def test_a_damaged_config_that_a_run_kept_is_said(config: bytes) -> None:
     manifest = {"run": {"train": {"precision": "bf16"}}}
     with pytest.raises(EngineError, match=r"config\.json that came with the weights"):
-        target_of(manifest, MODEL, {"config.json": config}, Wishes())
+        target_of(manifest, MODEL, {"config.json": config}, ExportOptions())
 
 
 @pytest.mark.parametrize(("said", "dtype"), [("float16", torch.float16), ("load", torch.bfloat16), (7, torch.bfloat16)])
 def test_the_dtype_of_a_run_stands_in_for_one_that_is_none(said: object, dtype: torch.dtype) -> None:
     manifest = {"run": {"train": {"precision": "bf16"}}}
     side = {"config.json": json.dumps({"torch_dtype": said}).encode()}
-    assert target_of(manifest, MODEL, side, Wishes()).dtype == dtype
+    assert target_of(manifest, MODEL, side, ExportOptions()).dtype == dtype

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
+from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.read import read_hf
 from moe_engine.config import Model, RopeScaling
@@ -115,8 +115,8 @@ def test_case_02a_a_llama_of_transformers_5_upcycled_and_exported(tmp_path: Path
     flags = ["--method", "copy", "--experts", "4", "--receipt-tokens", "0", "--out"]
     assert upcycle(["--hf", str(hf), *flags, str(tmp_path / "up")]) == 0
     read_hf(HfFolder(tmp_path / "up"), tmp_path / "checkpoint")
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "five", Wishes(version=5))
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "four", Wishes(version=4))
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "five", ExportOptions(version=5))
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "four", ExportOptions(version=4))
     configs = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("up", "four", "five")}
     four, five = (read(version, configs, tmp_path / "read") for version in (4, 5))
     wanted = says(HfFolder(hf).model, configs["up"]) | {"experts": 4, "dtype": "float32", "eos": 2}

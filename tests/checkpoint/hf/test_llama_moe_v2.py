@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
+from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.read import read_hf
 from moe_engine.checkpoint.pieces import Box, Piece
@@ -65,8 +65,8 @@ def test_names_shapes_and_bits(case: str, tmp_path: Path) -> None:
     write_weights(drawn, model, [pieces], {}, {}, tmp_path / "checkpoint", None)
     with pytest.raises(ConfigError, match="no Hugging Face family"):  # transformers' Mixtral would load it wrongly
         family_of(model)
-    wishes = Wishes(family="llama_moe_v2", dtype="bfloat16")
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "hf", wishes)
+    options = ExportOptions(family="llama_moe_v2", dtype="bfloat16")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "hf", options)
     found, ours = tensors_of(tmp_path / "hf"), drawn.weights
     inner = "model.layers.1"
     experts = ours["layers.1.ffn.experts.w_gate_up"]
@@ -87,7 +87,7 @@ def test_names_shapes_and_bits(case: str, tmp_path: Path) -> None:
         same = getattr(again.model, key) == getattr(model, key)
         assert same or (key.startswith("attention") and not model.num_attention_experts), key
     read_hf(again, tmp_path / "again")
-    export_checkpoint(tmp_path / "again", tmp_path / "twice", Wishes())
+    export_checkpoint(tmp_path / "again", tmp_path / "twice", ExportOptions())
     same_tensors(tmp_path / "twice", tmp_path / "hf")
     assert (tmp_path / "twice" / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_engine.checkpoint.hf.export import Wishes, export_checkpoint
+from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.read import read_hf
 from moe_engine.checkpoint.reader import Reader
@@ -43,7 +43,7 @@ def test_there_and_back(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = HfFolder(hf)
     assert len(set(folder.files.values())) > 1, "several shards"
     read = read_hf(folder, tmp_path / "checkpoint")
-    target, written = export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", Wishes())
+    target, written = export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", ExportOptions())
     same_tensors(tmp_path / "out", hf)
     assert written.tensors == read.tensors and written.bytes == read.bytes
     assert target.layout == ("dense" if family == "llama" else "fused" if fused else "per-expert")
@@ -57,8 +57,8 @@ def test_other_layout_and_shards_are_those_of_transformers(family: str, tmp_path
     one, fused = save(model, tmp_path / "one"), save(model, tmp_path / "fused", fused=True)
     for name, source, goal, layout in (("a", one, fused, "fused"), ("b", fused, one, "per-expert")):
         read_hf(HfFolder(source), tmp_path / f"{name}-checkpoint")
-        wishes = Wishes(layout=layout, shard_gb=2e-5)
-        export_checkpoint(tmp_path / f"{name}-checkpoint", tmp_path / name, wishes)
+        options = ExportOptions(layout=layout, shard_gb=2e-5)
+        export_checkpoint(tmp_path / f"{name}-checkpoint", tmp_path / name, options)
         same_tensors(tmp_path / name, goal)
         index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
         tensors = tensors_of(tmp_path / name)
@@ -76,7 +76,7 @@ def test_total_size_of_the_golden_mixtral(tmp_path: Path) -> None:
         "mixtral", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2
     ).to(torch.bfloat16)  # fmt: skip
     read_hf(HfFolder(save(model, tmp_path / "hf")), tmp_path / "checkpoint")
-    _, written = export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", Wishes(shard_gb=4e-5))
+    _, written = export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", ExportOptions(shard_gb=4e-5))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == written.bytes == 99_136
 
@@ -141,7 +141,7 @@ def test_a_rope_that_is_dropped_would_be_seen(saved: dict[str, str]) -> None:
 def test_config_in_both_spellings(version: int, tmp_path: Path) -> None:
     model = theirs("mixtral", rope_parameters=LLAMA3)
     read_hf(HfFolder(save(model, tmp_path / "hf")), tmp_path / "checkpoint")
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", Wishes(version=version))
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", ExportOptions(version=version))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     old, new = {"torch_dtype", "rope_theta", "rope_scaling"}, {"dtype", "rope_parameters"}
     assert (old if version == 4 else new) <= config.keys()
@@ -164,11 +164,11 @@ def test_an_interrupted_conversion_goes_on(direction: str, tmp_path: Path) -> No
         read_hf(HfFolder(hf), tmp_path / "checkpoint")
     out = tmp_path / "out"
 
-    def convert(beat: Any) -> None:
+    def convert(progress: Any) -> None:
         if direction == "import":
-            read_hf(HfFolder(hf), out, beat)
+            read_hf(HfFolder(hf), out, progress)
         else:
-            export_checkpoint(tmp_path / "checkpoint", out, Wishes(shard_gb=3e-5), beat)
+            export_checkpoint(tmp_path / "checkpoint", out, ExportOptions(shard_gb=3e-5), progress)
 
     seen = 0
 
@@ -196,5 +196,5 @@ def test_an_interrupted_conversion_goes_on(direction: str, tmp_path: Path) -> No
         assert {name: os.stat(out / name).st_mtime_ns for name in finished} == before
         same_tensors(out, hf)
     else:
-        export_checkpoint(out, tmp_path / "again", Wishes())
+        export_checkpoint(out, tmp_path / "again", ExportOptions())
         same_tensors(tmp_path / "again", hf)
