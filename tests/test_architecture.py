@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import Sources, full_names, imported, imports, module_of, python
+
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "moe_engine": 0,
@@ -32,6 +34,7 @@ BUDGETS = dict(
     core=6_000, top=2_200, config_hf=800, ops=2_800, host=600, prepare=2_600, checkpoint=3_200, upcycle=2_000,
     plan=1_000,
 )  # fmt: skip
+CHAIN = 12  # modules on the longest way down through imports
 FILE_LINES, FUNCTION_LINES = 400, 60
 HEAVY = {"deepspeed", "transformers", "datasets", "matplotlib", "tensorboard"}
 PICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "joblib"}
@@ -44,13 +47,6 @@ DIST_CALLS = {f"torch.distributed.{name}{ending}" for name in DIST_DATA for endi
 DIST_MODULES = ("torch.distributed.nn", "torch.distributed._functional_collectives")
 MAY_MOVE_DATA = ("moe_engine/parallel/", "moe_engine/train/zero.py", "moe_engine/checkpoint/")
 
-Sources = dict[str, str]  # path relative to the root, with forward slashes -> text
-
-
-def module_of(path: str) -> str:
-    """Dotted name of the module in `path`."""
-    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-
 
 def package_of(module: str) -> str:
     """The unit that has a floor: `launch`, `tools`, `moe_engine` (its own files) or `moe_engine.<package>`."""
@@ -58,54 +54,6 @@ def package_of(module: str) -> str:
     if parts[0] != "moe_engine":
         return parts[0]
     return ".".join(parts[:2]) if len(parts) > 1 and f"moe_engine.{parts[1]}" in FLOORS else "moe_engine"
-
-
-def imports(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted name) of everything imported in a tree; `from a import b` gives `a.b`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                here = module_of(path).split(".")
-                depth = node.level - path.endswith("/__init__.py")
-                base = ".".join([*here[: len(here) - depth], *filter(None, [node.module])])
-            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and name_of(node.func).endswith("import_module") and node.args:
-            if isinstance(node.args[0], ast.Constant):
-                yield node.lineno, str(node.args[0].value)
-
-
-def name_of(node: ast.AST) -> str:
-    """`a.b.c` of a chain of attributes, or an empty string."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and (base := name_of(node.value)):
-        return f"{base}.{node.attr}"
-    return ""
-
-
-def full_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of each name used, import aliases resolved: `dist.x` -> `torch.distributed.x`."""
-    aliases = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            aliases |= {alias.asname: alias.name for alias in node.names if alias.asname}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            aliases |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute | ast.Name) and (name := name_of(node)):
-            first, dot, rest = name.partition(".")
-            yield node.lineno, aliases.get(first, first) + dot + rest
-
-
-def python(sources: Sources, *folders: str) -> Iterator[tuple[str, ast.Module]]:
-    """Path and syntax tree of the Python files under `folders`; by default the three that hold the product."""
-    for path, text in sources.items():
-        if path.endswith(".py") and path.startswith(folders or ("moe_engine/", "launch/", "tools/")):
-            yield path, ast.parse(text)
 
 
 def imports_go_down(sources: Sources) -> Iterator[str]:
@@ -120,13 +68,22 @@ def imports_go_down(sources: Sources) -> Iterator[str]:
                 yield f"{path}:{line}: {mine} (floor {FLOORS[mine]}) imports {name} (floor {FLOORS[theirs]})"
 
 
+def import_chains_are_short(sources: Sources) -> Iterator[str]:
+    graph, chains = imported(sources, "moe_engine/"), dict[str, list[str]]()
+
+    def longest(module: str) -> list[str]:
+        if module not in chains:
+            chains[module] = [module]  # in a ring, which no_import_cycles names, the way ends here
+            chains[module] += max((longest(below) for below in sorted(graph[module])), key=len, default=[])
+        return chains[module]
+
+    chain = max(map(longest, graph), key=len, default=[])
+    if len(chain) > CHAIN:
+        yield f"a chain of {len(chain)} imports, at most {CHAIN}: {' > '.join(chain)}"
+
+
 def no_import_cycles(sources: Sources) -> Iterator[str]:
-    modules = {module_of(path) for path, _ in python(sources)}
-    graph = {}
-    for path, tree in python(sources):
-        found = {name if name in modules else name.rpartition(".")[0] for _, name in imports(path, tree)}
-        me = module_of(path)
-        graph[me] = {name for name in found & modules if not f"{me}.".startswith(f"{name}.")}
+    graph = imported(sources)
     while leaves := {module for module, below in graph.items() if not below & graph.keys()}:
         graph = {module: below for module, below in graph.items() if module not in leaves}
     if graph:
@@ -262,6 +219,11 @@ RULES: list[tuple[Rule, list[Sources], list[Sources]]] = [
             }
         ],
         [{"moe_engine/ops/a/__init__.py": "from .fast import f", "moe_engine/ops/a/fast.py": "from . import x"}],
+    ),
+    (
+        import_chains_are_short,
+        [{f"moe_engine/model/m{i}.py": f"from moe_engine.model import m{i + 1}" for i in range(CHAIN + 1)}],
+        [{f"moe_engine/model/m{i}.py": f"from moe_engine.model import m{i + 1}" for i in range(CHAIN)}],
     ),
     (
         files_and_functions_are_short,

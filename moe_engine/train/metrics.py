@@ -9,7 +9,7 @@ from moe_engine.config import Run
 from moe_engine.model.flops import step_flops_per_token
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.train.peak import peak_flops
-from moe_engine.train.step import StepReport
+from moe_engine.train.tally import StepReport
 
 
 class Metrics:

@@ -6,7 +6,6 @@ therefore share one divisor too, and a step does not depend on how its samples a
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,20 +18,8 @@ from moe_engine.parallel.collectives import sum_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.train.engine import Engine
 from moe_engine.train.skipped import why_skipped
-from moe_engine.train.tally import Tally
+from moe_engine.train.tally import StepReport, Tally
 from moe_engine.train.terms import Measure, Term, global_counts, objective
-
-
-class StepReport(NamedTuple):
-    """What one step measured, equal on all ranks. loss: the objective. grad_norm: before clipping, nan if skipped.
-
-    measures: of every term by name, fp64 (sums in their own dtype). skipped: why the step was, with rank and parameter.
-    """
-
-    loss: float
-    grad_norm: float
-    measures: dict[str, Tensor]
-    skipped: str | None
 
 
 def accumulate(engine: Engine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch]) -> Tally:

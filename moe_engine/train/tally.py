@@ -2,6 +2,7 @@
 not show."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +10,18 @@ from torch import Tensor
 from moe_engine.parallel.collectives import sum_
 from moe_engine.parallel.mesh import Axis
 from moe_engine.train.terms import Measure
+
+
+class StepReport(NamedTuple):
+    """What one step measured, equal on all ranks. loss: the objective. grad_norm: before clipping, nan if skipped.
+
+    measures: of every term by name, fp64 (sums in their own dtype). skipped: why the step was, with rank and parameter.
+    """
+
+    loss: float
+    grad_norm: float
+    measures: dict[str, Tensor]
+    skipped: str | None
 
 
 class Tally:

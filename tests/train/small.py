@@ -17,7 +17,8 @@ from moe_engine.parallel.weight import initialise, note_of
 from moe_engine.train.begin import Beginning, begin
 from moe_engine.train.engine import Engine
 from moe_engine.train.session import Session, build, make_engine
-from moe_engine.train.step import StepReport, accumulate, finish
+from moe_engine.train.step import accumulate, finish
+from moe_engine.train.tally import StepReport
 from moe_engine.train.terms import Term
 
 SEQUENCES, LENGTH = 16, 8

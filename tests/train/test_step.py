@@ -14,7 +14,8 @@ from moe_engine.model.router_losses import balance_loss, load_share, z_loss
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.train.evaluation import evaluate
-from moe_engine.train.step import StepReport, accumulate, finish
+from moe_engine.train.step import accumulate, finish
+from moe_engine.train.tally import StepReport
 from moe_engine.train.terms import pretraining_terms
 from tests.train.small import (
     MODEL,

@@ -39,7 +39,8 @@ from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.train.engine import Engine
 from moe_engine.train.loop import fit
 from moe_engine.train.session import Session, build
-from moe_engine.train.step import StepReport, accumulate, finish
+from moe_engine.train.step import accumulate, finish
+from moe_engine.train.tally import StepReport
 from moe_engine.train.terms import Term
 
 Layout = tuple[int, int, int]  # dp, ep, tp
