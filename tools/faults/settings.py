@@ -249,7 +249,8 @@ def answer_to(dotted: str, session: Session) -> str | None:
     section, key, *rest = dotted.split(".")
     was = getattr(getattr(session.run, section), key)
     now = changed(session.run, section, key, rest)
-    part = getattr(session.run, section).model_copy(update={key: now})
+    moved = {"resume": str(session.saver.root / "step-00000001")} if dotted == "train.out" else {}
+    part = getattr(session.run, section).model_copy(update={key: now} | moved)
     log = Listener(Path(session.run.train.out), False, session.run.train.steps)
     expected = "allowed" if dotted in ALLOWED else "warn" if dotted in WARNED else VERDICT[section]
     found, lines = "allowed", log.said
