@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_engine.config import Run
-from moe_engine.config_report import BULLET
 from moe_engine.errors import ConfigError, EngineError, Preempted
-from moe_engine.host.console import print_error
-from moe_engine.log import printable
+from moe_engine.host.console import on_lines, print_error
 
 if TYPE_CHECKING:
     import torch
@@ -104,11 +102,6 @@ def raised_by_torch_distributed(error: Exception) -> bool:
     """Whether a collective raised it, which is what the end of another rank looks like from here."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return "torch/distributed" in Path(last.filename).as_posix()
-
-
-def on_lines(error: EngineError) -> str:
-    """An error's text as it is printed: problems of a list on lines of their own, all else escaped."""
-    return BULLET.join(map(printable, str(error).split(BULLET)))
 
 
 def meet() -> tuple[Any, int]:

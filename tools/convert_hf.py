@@ -20,23 +20,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moe_engine.host.console import run_program
+from moe_engine.host.console import failed, run_program
 
 DIFFERENT = 1
 OWN_CODE = "; it needs LLaMA-MoE-v2's own modelling code: transformers' Mixtral would load it and be wrong"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from moe_engine.config_report import BULLET
     from moe_engine.errors import EngineError
-    from moe_engine.log import printable
 
     try:
         options = parser().parse_args(arguments)
         return options.run(options)
     except EngineError as error:
-        print(f"error: {BULLET.join(map(printable, str(error).split(BULLET)))}", file=sys.stderr)
-        return error.exit_code
+        return failed(error)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,15 +72,15 @@ def parser() -> argparse.ArgumentParser:
 def import_(options: argparse.Namespace) -> int:
     """Folder -> checkpoint."""
     from moe_engine.checkpoint.hf.folder import HfFolder
-    from moe_engine.checkpoint.hf.read import read_hf
     from moe_engine.checkpoint.hf.resize import Resized
+    from moe_engine.checkpoint.hf.to_checkpoint import import_folder
 
     folder = HfFolder(options.hf)
     warn(folder.notes)
     resized = None if options.resize_vocab is None else Resized(folder, options.resize_vocab)
     total = sum(entry.nbytes for entry in folder.entries.values())
     with bar(total, "import") as progress:
-        written = read_hf(folder, options.out, progress, resized, options.allow_nonfinite)
+        written = import_folder(folder, options.out, progress, resized, options.allow_nonfinite)
     print(f"weights of {folder}")
     if resized:
         std = resized.model.initializer_range
@@ -115,9 +112,9 @@ def verify(options: argparse.Namespace) -> int:
     import torch
 
     from moe_engine.checkpoint.finite import nonfinite, refusal
-    from moe_engine.checkpoint.hf.carried import of_checkpoint
     from moe_engine.checkpoint.hf.export import open_checkpoint
     from moe_engine.checkpoint.hf.folder import HfFolder
+    from moe_engine.checkpoint.hf.side_files import of_checkpoint
     from moe_engine.checkpoint.hf.tokenizer_files import as_trained
     from moe_engine.checkpoint.weights_only import WHOLE_COPY
     from moe_engine.config_hf import differences
@@ -161,7 +158,7 @@ def verify(options: argparse.Namespace) -> int:
 def side_differences(there: Mapping[str, bytes], here: Mapping[str, bytes]) -> Iterator[str]:
     """A line for each file beside the weights that is another; of config.json the token ids, its function is compared
     as a model."""
-    from moe_engine.checkpoint.hf.carried import carried_config
+    from moe_engine.checkpoint.hf.side_files import carried_config
 
     for name in sorted(there.keys() | here.keys()):
         if name not in there or name not in here:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moe_engine.host.console import run_program
+from moe_engine.host.console import failed, run_program
 
 DAMAGED, DIFFERENT = 65, 1
 
@@ -41,8 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"found {len(options.paths)} folders, expected one or two")
         lines, code = report(options)
     except EngineError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return failed(error)
     print("\n".join(printable(line) for line in lines))
     return code
 

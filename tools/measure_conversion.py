@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--work {options.work} is not empty")
     hf, checkpoint, back = (options.work / name for name in ("hf", "checkpoint", "back"))
     size = write_model(hf, options.gb, options.shards)
-    base = peak(["-c", "import tools.convert_hf, moe_engine.checkpoint.hf.export, moe_engine.checkpoint.hf.read"])[0]
+    base = peak(
+        ["-c", "import tools.convert_hf, moe_engine.checkpoint.hf.export, moe_engine.checkpoint.hf.to_checkpoint"]
+    )[0]
     largest = max(path.stat().st_size for path in hf.glob("*.safetensors"))
     print(f"{size / 1e9:.2f} GB in {options.shards} files of at most {largest / 1e9:.2f} GB; interpreter {base:.2f} GB")
     for name, *more in (

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moe_engine.host.console import run_program
+from moe_engine.host.console import failed, run_program
 
 if TYPE_CHECKING:
     from moe_engine.config import Run
@@ -32,7 +32,6 @@ TITLES = ("parameters", "active", "on one rank", "trainable")
 
 def main(arguments: list[str] | None = None) -> int:
     from moe_engine.config_cli import Parser
-    from moe_engine.config_report import BULLET
     from moe_engine.errors import EngineError
     from moe_engine.log import printable
 
@@ -43,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         loaded = load_run(options)
         census = census_of(loaded.run, options)
     except EngineError as error:
-        print(f"error: {BULLET.join(map(printable, str(error).split(BULLET)))}", file=sys.stderr)
-        return error.exit_code
+        return failed(error)
     for line in loaded.warnings:
         print(f"warning: {printable(line)}", file=sys.stderr)
     if options.json:

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moe_engine.config_cli import Parser
 from moe_engine.errors import ConfigError, EngineError
-from moe_engine.host.console import run_program
+from moe_engine.host.console import failed, run_program
 from moe_engine.log import printable
-from moe_engine.prepare.pipeline import Options, prepare, stdlib_sources
+from moe_engine.prepare.pipeline import PrepareOptions, prepare, stdlib_sources
 
 SHOWN = 8  # endings, or files met again
 
@@ -50,7 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     how.add_argument("--add-bos", action="store_true", help="begin each document with the tokenizer's begin-of-text id")
     how.add_argument("--eval-fraction", type=float, default=0.01, help="share of the documents that is held out")
-    how.add_argument("--shard-tokens", type=int, default=Options.shard_tokens, help="tokens in one file")
+    how.add_argument("--shard-tokens", type=int, default=PrepareOptions.shard_tokens, help="tokens in one file")
     how.add_argument("--workers", type=int, help="processes; default: one a core, or one alone for little data")
     how.add_argument("--overwrite", action="store_true", help="replace prepared data that was made otherwise")
     how.add_argument("--quiet", action="store_true", help="no progress")
@@ -89,15 +89,16 @@ def main(argv: list[str]) -> int:
     """Exit code: 0, 65 for data that cannot be used, 78 for arguments that cannot work."""
     try:
         args = parse(argv)
-        options = Options(args.text_key, args.per, args.add_bos, args.eval_fraction, args.on_bad_row, args.shard_tokens)
+        options = PrepareOptions(
+            args.text_key, args.per, args.add_bos, args.eval_fraction, args.on_bad_row, args.shard_tokens
+        )
         manifest = prepare(
             domains_of(args), args.out, args.tokenizer, options, args.workers, args.overwrite, args.quiet
         )
     except EngineError as error:
-        print(f"prepare_data: {printable(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return failed(error)
     except KeyboardInterrupt:
-        print("prepare_data: interrupted; nothing was written", file=sys.stderr)
+        print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
     for name, domain in manifest["domains"].items():
         counts = [

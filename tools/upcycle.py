@@ -18,22 +18,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moe_engine.host.console import run_program
+from moe_engine.host.console import failed, run_program
 from tools.upcycling.flags import add_options, child_of, idle, options_of, parents_of
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from moe_engine.config_report import BULLET
     from moe_engine.errors import EngineError
-    from moe_engine.log import printable
 
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             return upcycle(parser().parse_args(arguments))
         except EngineError as error:
-            print(f"error: {BULLET.join(map(printable, str(error).split(BULLET)))}", file=sys.stderr)
-            return error.exit_code
+            return failed(error)
 
 
 def parser() -> argparse.ArgumentParser:

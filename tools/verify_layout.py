@@ -28,7 +28,7 @@ from moe_engine.config import Model, Optimizer, Parallel, Run, Train
 from moe_engine.config_cli import load_run
 from moe_engine.data.loader import Batch
 from moe_engine.errors import ConfigError
-from moe_engine.host.console import run_program
+from moe_engine.host.console import failed, run_program
 from moe_engine.model.router_losses import balance_loss, load_share, z_loss
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.local_ranks import run_on_ranks
@@ -299,8 +299,7 @@ def main() -> int:
         else:
             model, cases = SMALL, FAST if options.fast else all_cases(options.world)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return failed(error)
     return int(not verify(model, cases) <= LIMIT)
 
 

@@ -23,7 +23,7 @@ BALANCING = {
 CONSEQUENCE = {"steps": "the learning rate follows the new schedule from here on"}
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def setting_changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One line for each setting that moves the losses; ConfigError, with all of them, when the model is another.
 
     Both are `Run`s as JSON. A key that one of them does not know, being of another version, is passed over.

@@ -11,7 +11,7 @@ latest                    the name of the newest, for people and scripts; the en
 import re
 from pathlib import Path
 
-from moe_engine.checkpoint import disk
+from moe_engine.host import disk
 
 NAME = re.compile(r"step-(\d{8,})")
 
@@ -29,7 +29,7 @@ def steps_in(root: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def publish(temporary: Path, final: Path) -> None:
+def publish_step(temporary: Path, final: Path) -> None:
     """Give a complete folder its name, then name it in `latest`; one that has the name goes when that is safe."""
     root, old = final.parent, final.with_suffix(".old")
     disk.sync_folder(temporary)

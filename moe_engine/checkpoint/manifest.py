@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_engine.checkpoint import disk, folders
+from moe_engine.checkpoint import folders
 from moe_engine.checkpoint.shard import digest_of
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.host import disk
 from moe_engine.host.files import size_below
 
 FORMAT = 2

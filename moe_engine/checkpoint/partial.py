@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_engine.checkpoint import disk
 from moe_engine.checkpoint.shard import Digest, digest_of
 from moe_engine.errors import ConfigError
+from moe_engine.host import disk
 
 PROGRESS = "progress.json"
 

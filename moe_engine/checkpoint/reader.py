@@ -11,7 +11,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moe_engine.checkpoint.agreement import together
 from moe_engine.checkpoint.folders import folder_of, steps_in
 from moe_engine.checkpoint.manifest import NAME, file_in, problems_of, read_manifest
 from moe_engine.checkpoint.pieces import Piece
@@ -19,6 +18,7 @@ from moe_engine.checkpoint.shard import SUFFIX
 from moe_engine.checkpoint.source import Source, Stored
 from moe_engine.config import Run
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.parallel.agree import act_together
 from moe_engine.parallel.collectives import gather_bytes
 from moe_engine.parallel.mesh import Axis
 
@@ -33,7 +33,7 @@ def choose(
     """
     if resume != "auto":
         folder = Path(resume)
-        together(lambda: check_present(folder), world)
+        act_together(lambda: check_present(folder), world)
         if problems := verify(folder, world, heartbeat):
             raise DataError("; ".join(problems) + "; resume from another checkpoint")
         return folder
@@ -77,7 +77,7 @@ def check_present(folder: Path) -> None:
 def agreed_steps(root: Path, world: Axis) -> list[int]:
     """Steps of the checkpoints under `root`; DataError when the ranks do not see the same. Collective."""
     seen: list[list[int]] = []
-    together(lambda: seen.append(steps_in(root)), world)
+    act_together(lambda: seen.append(steps_in(root)), world)
     if len(set(gather_bytes(json.dumps(seen[0]).encode(), world))) > 1:
         raise DataError(f"{root}: the ranks find different checkpoints; --out must be shared by all nodes")
     return seen[0]
@@ -98,7 +98,7 @@ def verify(folder: Path, world: Axis, heartbeat: Callable[[], None] = lambda: No
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             mine.append(f"{folder}: a manifest without what belongs there ({type(error).__name__}: {error})")
 
-    together(look, world)
+    act_together(look, world)
     found = [problem for part in gather_bytes(json.dumps(mine).encode(), world) for problem in json.loads(part)]
     return list(dict.fromkeys(found))
 

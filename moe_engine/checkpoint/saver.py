@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_engine.checkpoint import disk
-from moe_engine.checkpoint.agreement import together
-from moe_engine.checkpoint.folders import folder_of, prune, publish, tidy
+from moe_engine.checkpoint.folders import folder_of, prune, publish_step, tidy
 from moe_engine.checkpoint.manifest import write_manifest
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import rank_file
 from moe_engine.checkpoint.shard import Digest, size_of, write_shard
 from moe_engine.errors import DataError, EngineError, StorageError
+from moe_engine.host import disk
+from moe_engine.parallel.agree import act_together
 from moe_engine.parallel.collectives import gather_bytes, sum_
 from moe_engine.parallel.mesh import Axis
 
@@ -49,7 +49,7 @@ class Shard(NamedTuple):
         return out
 
 
-class Flight(NamedTuple):
+class PendingSave(NamedTuple):
     """A save under way: its folder, what its manifest will say, and the thread that writes this rank's file."""
 
     temporary: Path
@@ -77,10 +77,10 @@ class Saver:
     ) -> None:
         self.root, self.world, self.background, self.heartbeat = root, world, background, heartbeat
         self.keep_last, self.keep_every = keep_last, keep_every
-        self.flight: Flight | None = None
+        self.pending: PendingSave | None = None
         self.stalled = 0.0  # seconds that training has waited for this object
         self.notes: list[str] = []  # what went wrong without harm: old checkpoints that could not be removed
-        together(lambda: tidy(root), world, everywhere=False)
+        act_together(lambda: tidy(root), world, everywhere=False)
         self._is_shared()
 
     def save(self, step: int, shard: Shard, manifest: dict[str, Any]) -> Path | None:
@@ -109,7 +109,7 @@ class Saver:
         tensors, metadata = shard.tensors(), {"pieces": json.dumps([piece for piece, _ in shard.pieces])}
         needed = int(sum_(torch.tensor(size_of(tensors, metadata)), self.world))
         needed += MANIFEST_BYTES + 1024 * self.world.size
-        together(lambda: self._prepare(temporary, needed), self.world, everywhere=False)
+        act_together(lambda: self._prepare(temporary, needed), self.world, everywhere=False)
         if self.background:
             tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
         path, outcome = temporary / rank_file(self.world.rank), []
@@ -121,41 +121,41 @@ class Saver:
                 outcome.append(error)
 
         thread = threading.Thread(target=write, name=f"save step {step}", daemon=True)
-        self.flight = Flight(temporary, {"step": step} | manifest, thread, outcome)
+        self.pending = PendingSave(temporary, {"step": step} | manifest, thread, outcome)
         thread.start()
 
     def poll(self) -> Path | None:
         """Complete the save under way if every rank has written; returns its folder if so. Cheap when there is none."""
-        if self.flight is None:
+        if self.pending is None:
             return None
         with self._waiting():
-            writing = int(sum_(torch.tensor(int(self.flight.thread.is_alive())), self.world))
+            writing = int(sum_(torch.tensor(int(self.pending.thread.is_alive())), self.world))
         return None if writing else self.finish()
 
     def finish(self) -> Path | None:
         """Wait for the save under way and complete it; returns its folder, None when there is none."""
-        if self.flight is None:
+        if self.pending is None:
             return None
-        flight, self.flight = self.flight, None
+        pending, self.pending = self.pending, None
         with self._waiting():
-            return self._land(flight)
+            return self._complete_pending(pending)
 
-    def _land(self, flight: Flight) -> Path:
-        path, size = flight.temporary / rank_file(self.world.rank), 0
-        while flight.thread.is_alive():
-            flight.thread.join(timeout=1)
+    def _complete_pending(self, pending: PendingSave) -> Path:
+        path, size = pending.temporary / rank_file(self.world.rank), 0
+        while pending.thread.is_alive():
+            pending.thread.join(timeout=1)
             if path.is_file() and path.stat().st_size > size:
                 size = path.stat().st_size
                 self.heartbeat()
-        (mine,) = flight.outcome
+        (mine,) = pending.outcome
         try:
-            together(lambda: _raise(mine), self.world)
+            act_together(lambda: _raise(mine), self.world)
             digests = [json.loads(text) for text in gather_bytes(json.dumps(mine).encode(), self.world)]
-            final = flight.temporary.with_suffix("")
-            together(lambda: self._complete(flight, final, digests), self.world, everywhere=False)
+            final = pending.temporary.with_suffix("")
+            act_together(lambda: self._complete(pending, final, digests), self.world, everywhere=False)
         except EngineError:
             if self.world.rank == 0:
-                _forget(flight.temporary)
+                _forget(pending.temporary)
             raise
         if self.world.rank == 0:
             try:
@@ -176,10 +176,10 @@ class Saver:
         disk.require_space(self.root, needed)
         disk.make_folder(temporary)
 
-    def _complete(self, flight: Flight, final: Path, digests: list[list[Any]]) -> None:
+    def _complete(self, pending: PendingSave, final: Path, digests: list[list[Any]]) -> None:
         files = {rank_file(rank): digest for rank, digest in enumerate(digests)}
-        write_manifest(flight.temporary, flight.manifest | {"files": files})
-        publish(flight.temporary, final)
+        write_manifest(pending.temporary, pending.manifest | {"files": files})
+        publish_step(pending.temporary, final)
 
     def _count_elements(self, shard: Shard, names: list[str]) -> list[int]:
         """Elements of each weight over all ranks."""
@@ -201,9 +201,9 @@ class Saver:
             if not probe.is_file() or probe.read_bytes() != token:
                 raise DataError(f"{probe.parent} is not the folder that rank 0 sees: --out must be shared by all nodes")
 
-        together(write, self.world, everywhere=False)
-        together(read, self.world)
-        together(lambda: disk.remove(probe), self.world, everywhere=False)
+        act_together(write, self.world, everywhere=False)
+        act_together(read, self.world)
+        act_together(lambda: disk.remove(probe), self.world, everywhere=False)
 
 
 def _raise(outcome: Digest | Exception) -> None:

@@ -18,8 +18,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_engine.checkpoint.disk import write_file
 from moe_engine.errors import DataError
+from moe_engine.host.disk import write_file
 
 CHUNK = 1 << 24  # bytes
 SUFFIX = ".safetensors"
@@ -72,7 +72,7 @@ class Entry(NamedTuple):
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-def layout_of(entries: Mapping[str, Entry], metadata: dict[str, str]) -> tuple[bytes, list[str]]:
+def encode_header(entries: Mapping[str, Entry], metadata: dict[str, str]) -> tuple[bytes, list[str]]:
     """The header of a file and the order of its tensors: large elements first, so that all are aligned."""
     names = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
     table: dict[str, Any] = {"__metadata__": metadata}
@@ -94,7 +94,7 @@ def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
 def size_of(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> int:
     """Bytes that write_shard will write."""
     entries = entries_of(tensors)
-    return len(layout_of(entries, metadata)[0]) + sum(entry.nbytes for entry in entries.values())
+    return len(encode_header(entries, metadata)[0]) + sum(entry.nbytes for entry in entries.values())
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Digest:
@@ -106,7 +106,7 @@ def stream_shard(
     path: Path, entries: Mapping[str, Entry], tensor_of: Callable[[str], Tensor], metadata: dict[str, str]
 ) -> Digest:
     """write_shard of tensors that are made when it is their turn, and of which one is held at a time."""
-    header, names = layout_of(entries, metadata)
+    header, names = encode_header(entries, metadata)
     hasher = Hasher()
 
     def parts() -> Iterator[bytes | memoryview]:

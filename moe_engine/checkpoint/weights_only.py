@@ -15,7 +15,6 @@ import xxhash
 from torch import Tensor
 
 import moe_engine
-from moe_engine.checkpoint import disk
 from moe_engine.checkpoint.finite import nonfinite, refusal
 from moe_engine.checkpoint.manifest import write_manifest
 from moe_engine.checkpoint.partial import Partial
@@ -23,6 +22,7 @@ from moe_engine.checkpoint.pieces import Box, Piece, volume
 from moe_engine.checkpoint.reader import rank_file
 from moe_engine.checkpoint.shard import Digest, Entry, Hasher, stream_shard
 from moe_engine.config import Model
+from moe_engine.host import disk
 
 
 class Weights(Protocol):

@@ -19,10 +19,9 @@ import torch
 
 from moe_engine.data.mixture import Mixture
 from moe_engine.data.order import SampleOrder, Window
-from moe_engine.data.shards import TokenDataset, read_manifest
+from moe_engine.data.shards import TokenDataset, read_data_manifest
 from moe_engine.errors import ConfigError, DataError
-
-IGNORED = -100
+from moe_engine.labels import IGNORE
 
 
 class Batch(NamedTuple):
@@ -59,7 +58,7 @@ def open_domains(
     opened = []
     for name, path, weight in domains:
         folder = Path(path)
-        manifest = read_manifest(folder)
+        manifest = read_data_manifest(folder)
         inside = list(manifest["domains"])
         if name in inside or len(inside) == 1:
             inside = [name if name in inside else inside[0]]
@@ -173,14 +172,14 @@ def check_order(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 def _batch(windows: Sequence[Window], domains: Sequence[int], seq_length: int, document_mask: bool) -> Batch:
     """Stacks windows of up to seq_length + 1 tokens; a shorter one is filled up with token 0 that is not counted."""
     size = len(windows), seq_length
-    tokens, labels = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
+    tokens, labels = np.zeros(size, np.int64), np.full(size, IGNORE, np.int64)
     positions = np.tile(np.arange(seq_length), (len(windows), 1))
     for row, (window, starts) in enumerate(windows):
         count = max(len(window) - 1, 0)
         tokens[row, :count] = window[:-1]
         labels[row, :count] = window[1:]
         if document_mask:
-            labels[row, :count][starts[1:]] = IGNORED
+            labels[row, :count][starts[1:]] = IGNORE
             begins = np.zeros(seq_length, np.int64)
             begins[:count] = np.where(starts[:-1], np.arange(count), 0)
             if count < seq_length:

@@ -17,15 +17,13 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_engine.data.shards import TokenDataset
+from moe_engine.hashing import GAMMA, mix64
 
 
 def hash64(values: np.ndarray, key: int) -> np.ndarray:
     """splitmix64 of uint64 `values` under `key`; a bijection for a fixed key."""
-    with np.errstate(over="ignore"):
-        x = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key & 0xFFFFFFFFFFFFFFFF)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    signed = np.uint64(key & 0xFFFFFFFFFFFFFFFF).astype(np.int64)
+    return mix64(values.astype(np.int64) * GAMMA + signed).view(np.uint64)
 
 
 def stable_key(*parts: object) -> int:

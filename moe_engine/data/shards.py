@@ -120,7 +120,7 @@ def _flush(file: BinaryIO) -> None:
 
 
 @contextmanager
-def publish(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes `out` when the block ends well, and is removed when it does not."""
     partial = out.with_name(f"{out.name}.partial")
     try:
@@ -156,14 +156,14 @@ def publish(out: Path) -> Iterator[Path]:
     os.close(parent)
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_data_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes manifest.json, flushed to disk."""
     with open(folder / MANIFEST, "wb") as file:
         file.write(json.dumps({"format": FORMAT, "version": VERSION, **manifest}, indent=1).encode())
         _flush(file)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_data_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder; DataError where there is none or it is not one of ours."""
     remedy = "make it with tools/prepare_data.py --input FILES --out FOLDER"
     if not folder.is_dir():
@@ -183,7 +183,7 @@ class TokenDataset:
     """One split of one domain, memory-mapped. `lengths[i]` is the number of tokens of document i, its eos included."""
 
     def __init__(self, folder: Path, domain: str, split: str, vocab_size: int | None = None) -> None:
-        manifest = read_manifest(folder)
+        manifest = read_data_manifest(folder)
         if domain not in manifest["domains"]:
             raise DataError(f"{folder}: has no domain {domain!r}; it holds {', '.join(manifest['domains'])}")
         entry = manifest["domains"][domain]["splits"][split]

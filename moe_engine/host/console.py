@@ -16,7 +16,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from moe_engine.errors import StorageError
+from moe_engine.config_report import BULLET
+from moe_engine.errors import EngineError, StorageError
+from moe_engine.log import printable
 
 NAMES = {1: "stdout", 2: "stderr"}
 
@@ -84,3 +86,14 @@ def print_error(text: str) -> None:
     """One line on standard error, in one piece, or the lines of several ranks run into each other."""
     sys.stderr.write(f"error: {text}\n")
     sys.stderr.flush()
+
+
+def failed(error: EngineError) -> int:
+    """Say why a tool ends; its exit code."""
+    print_error(on_lines(error))
+    return error.exit_code
+
+
+def on_lines(error: EngineError) -> str:
+    """An error's text as it is printed: problems of a list on lines of their own, all else escaped."""
+    return BULLET.join(map(printable, str(error).split(BULLET)))

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_engine.labels import IGNORE
 from moe_engine.ops import cross_entropy_grad, cross_entropy_stats
 from moe_engine.parallel.collectives import max_, sum_
 from moe_engine.parallel.mesh import Axis
-
-IGNORE = -100  # the label of a token that is not counted, Hugging Face's and PyTorch's convention
 
 
 class _VocabCrossEntropy(torch.autograd.Function):

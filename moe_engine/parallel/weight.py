@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from moe_engine.hashing import GAMMA, mix64
 from moe_engine.parallel.mesh import Axis
 
 CHUNK = 1 << 18  # elements drawn at a time: the scratch of int64 stays in cache
@@ -93,19 +94,7 @@ def draw_normal_(out: Tensor, note: WeightNote, key: int) -> None:
 
 def _normal(index: Tensor, key: int) -> Tensor:
     """Box-Muller on the two 32-bit halves of one 64-bit hash per element; int64 -> float32."""
-    word = _splitmix64(index + key)
+    word = mix64((index + key) * GAMMA)
     u = ((word >> 32) & 0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)
     v = (word & 0xFFFFFFFF).double().mul_(2.0**-32)
     return (u.log_().mul_(-2).sqrt_() * v.mul_(2 * math.pi).cos_()).float()
-
-
-def _splitmix64(x: Tensor) -> Tensor:
-    """Steele et al. 2014, finaliser of SplittableRandom, on int64 tensors whose products wrap around."""
-
-    def logical_shift(value: Tensor, bits: int) -> Tensor:
-        return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-    x = x * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
-    x = (x ^ logical_shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ logical_shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    return x ^ logical_shift(x, 31)

@@ -11,7 +11,7 @@ from pathlib import Path
 from moe_engine.checkpoint.hf.contents import is_weights
 from moe_engine.config import Run
 from moe_engine.config_report import refuse
-from moe_engine.data.shards import MANIFEST, read_manifest
+from moe_engine.data.shards import MANIFEST, read_data_manifest
 from moe_engine.host.files import obstacle
 from moe_engine.prepare.default import NAME
 
@@ -53,7 +53,7 @@ def would_be_lost(run: Run, out: Path) -> Iterator[str]:
         return
     if not (data / MANIFEST).is_file():
         yield f"{data} exists and is not prepared data; give --data, or choose another --out"
-    elif (names := list(read_manifest(data)["domains"])) != [NAME]:
+    elif (names := list(read_data_manifest(data)["domains"])) != [NAME]:
         yield f"{data} holds {', '.join(names)}: give --data {data} to train on it, or choose another --out"
 
 

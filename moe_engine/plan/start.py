@@ -7,7 +7,7 @@ the run starts.
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_engine.checkpoint.compare import differences
+from moe_engine.checkpoint.compare import setting_changes
 from moe_engine.checkpoint.folders import folder_of, steps_in
 from moe_engine.checkpoint.manifest import read_manifest
 from moe_engine.checkpoint.reader import check_present, check_resume
@@ -91,7 +91,7 @@ def resume_lines(run: Run, folder: Path, manifest: dict[str, Any]) -> list[str]:
     now = run.model_dump(mode="json")
     if not run.data.domains:  # of the default corpus, which the run prepares itself
         now["data"].pop("domains")
-    changes = differences(manifest["run"], now)
+    changes = setting_changes(manifest["run"], now)
     first = f"start       from {folder}, {manifest['step']:,} steps done"
     if manifest["step"] >= run.train.steps:
         first += f"; train.steps is {run.train.steps:,}: nothing is left to train"
@@ -103,7 +103,7 @@ def weight_warnings(run: Run) -> list[str]:
     they cannot be its weights."""
     if not run.train.init_from:
         return []
-    from moe_engine.checkpoint.hf.first import changes_of, check_shapes, let_in, open_weights
+    from moe_engine.checkpoint.hf.first_weights import changes_of, check_shapes, let_in, open_weights
     from moe_engine.checkpoint.hf.folder import HfFolder
     from moe_engine.weights import weight_shapes
 

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_engine.checkpoint.hf.carried import OF_A_RUN
-from moe_engine.checkpoint.manifest import NAME
-from moe_engine.checkpoint.manifest import read_manifest as read_checkpoint
+from moe_engine.checkpoint.hf.side_files import OF_A_RUN
+from moe_engine.checkpoint.manifest import NAME, read_manifest
 from moe_engine.config import Run
-from moe_engine.data.shards import read_manifest
+from moe_engine.data.shards import read_data_manifest
 from moe_engine.errors import ConfigError
 from moe_engine.prepare.tokenizer.load import holds_tokenizer, load_tokenizer
 
@@ -53,19 +52,21 @@ def of_data(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
     given = load_tokenizer(run.data.tokenizer) if run.data.tokenizer or not run.data.domains else None
     if given and run.data.tokenizer:
         add_bos = (
-            read_manifest(Path(run.data.domains[0].path))["tokenizer"].get("add_bos") if run.data.domains else False
+            read_data_manifest(Path(run.data.domains[0].path))["tokenizer"].get("add_bos")
+            if run.data.domains
+            else False
         )
         yield "--tokenizer", given.described() | {"add_bos": add_bos}
     elif given:
         yield "the default corpus, Python's own sources,", given.described() | {"add_bos": False}
     for domain in run.data.domains:
-        yield f"--data {domain.path}", read_manifest(Path(domain.path))["tokenizer"]
+        yield f"--data {domain.path}", read_data_manifest(Path(domain.path))["tokenizer"]
 
 
 def of_weights(path: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """The tokenizer of the weights at `path`, a folder or a checkpoint; None where nothing is said of it."""
     if manifest is None and (path / NAME).is_file():
-        manifest = read_checkpoint(path)
+        manifest = read_manifest(path)
     if manifest and manifest.get("tokenizer"):
         return manifest["tokenizer"]
     folder = next((f for f in (path, path.resolve().parent.parent / OF_A_RUN) if holds_tokenizer(f)), None)

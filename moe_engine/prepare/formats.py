@@ -1,7 +1,7 @@
 """Files to documents, in bounded memory; what cannot be used comes out as a BadRow that says where and why.
 
-    read_pieces(file)         a file as Pieces of about 1 MiB: picklable, so that a worker can parse them
-    documents(piece, key)     a piece as Documents (text) or BadRows
+    read_chunks(file)         a file as Pieces of about 1 MiB: picklable, so that a worker can parse them
+    documents(chunk, key)     a chunk as Documents (text) or BadRows
 
     .txt .md .py  (and any other text file that is named explicitly)  one document a file; BOM dropped, CRLF becomes LF;
                   above 8 MiB cut at line ends into documents of at most 8 MiB; or one document a line (per="line")
@@ -51,7 +51,7 @@ class Document(NamedTuple):
     text: str
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """A part of a file that can be parsed alone: whole lines, a whole text, or (where, value) rows read already."""
 
     path: str
@@ -68,10 +68,10 @@ class Piece(NamedTuple):
         return sum(len(field) for row in rows for field in row if isinstance(field, str))
 
 
-def read_pieces(
+def read_chunks(
     path: Path, per: Literal["file", "line"] = "file", text_key: str | None = None
-) -> Iterator[Piece | BadRow]:
-    """The file as pieces, in order. `per`: whether a plain text file is one document or one document a line."""
+) -> Iterator[Chunk | BadRow]:
+    """The file as chunks, in order. `per`: whether a plain text file is one document or one document a line."""
     suffix = suffix_of(path)
     try:
         if suffix == ".parquet":
@@ -88,7 +88,7 @@ def read_pieces(
         yield BadRow(str(path), "", f"cannot be read: {error}")
 
 
-def _lines(path: Path, kind: Literal["lines", "jsonl"]) -> Iterator[Piece | BadRow]:
+def _lines(path: Path, kind: Literal["lines", "jsonl"]) -> Iterator[Chunk | BadRow]:
     """Whole lines in blocks; a line over MAX_ROW is passed over without being held."""
     line, tail, too_long = 1, bytearray(), False  # of a tail that grows in small steps no copy is made at each
     with open_file(path) as stream:
@@ -108,17 +108,17 @@ def _lines(path: Path, kind: Literal["lines", "jsonl"]) -> Iterator[Piece | BadR
             end = chunk.rfind(b"\n") + 1
             if end:
                 block = bytes(tail) + chunk[:end]
-                yield Piece(str(path), kind, line, block)
+                yield Chunk(str(path), kind, line, block)
                 line, tail = line + block.count(b"\n"), bytearray()
             tail += chunk[end:]
             if len(tail) > MAX_ROW:
                 yield BadRow(str(path), str(line), f"the line is longer than {MAX_ROW >> 20} MiB")
                 tail, too_long = bytearray(), True
     if tail:
-        yield Piece(str(path), kind, line, bytes(tail))
+        yield Chunk(str(path), kind, line, bytes(tail))
 
 
-def _texts(path: Path) -> Iterator[Piece]:
+def _texts(path: Path) -> Iterator[Chunk]:
     line, tail = 1, b""
     with open_file(path) as stream:
         while chunk := stream.read(MAX_TEXT - len(tail)):
@@ -127,10 +127,10 @@ def _texts(path: Path) -> Iterator[Piece]:
                 tail = text
                 continue
             end = text.rfind(b"\n") + 1 or _character_end(text)
-            yield Piece(str(path), "text", line, text[:end])
+            yield Chunk(str(path), "text", line, text[:end])
             line, tail = line + text.count(b"\n", 0, end), text[end:]
     if tail:
-        yield Piece(str(path), "text", line, tail)
+        yield Chunk(str(path), "text", line, tail)
 
 
 def _character_end(text: bytes) -> int:
@@ -141,36 +141,36 @@ def _character_end(text: bytes) -> int:
     return len(text)
 
 
-def _json(path: Path, text_key: str | None) -> Iterator[Piece | BadRow]:
+def _json(path: Path, text_key: str | None) -> Iterator[Chunk | BadRow]:
     with _open_text(path) as stream:
         layout = json_layout(stream, MAX_ROW, READ_ERRORS, (text_key,) if text_key else TEXT_KEYS)
     if layout == "lines":
         yield from _lines(path, "jsonl")
         return
     with _open_text(path) as stream:
-        yield from _row_pieces(path, json_rows(stream, MAX_ROW, READ_ERRORS, layout == "keyed"))
+        yield from _row_chunks(path, json_rows(stream, MAX_ROW, READ_ERRORS, layout == "keyed"))
 
 
-def _row_pieces(path: Path, rows: Iterable[tuple[str, Any | BadValue]]) -> Iterator[Piece | BadRow]:
+def _row_chunks(path: Path, rows: Iterable[tuple[str, Any | BadValue]]) -> Iterator[Chunk | BadRow]:
     ready: list[tuple[str, Any]] = []
     for where, value in rows:
         bad = isinstance(value, BadValue)
         if not bad:
             ready.append((where, value))
         if ready and (bad or len(ready) == 256):
-            yield Piece(str(path), "rows", 0, ready)
+            yield Chunk(str(path), "rows", 0, ready)
             ready = []
         if bad:
             yield BadRow(str(path), where, *value)
     if ready:
-        yield Piece(str(path), "rows", 0, ready)
+        yield Chunk(str(path), "rows", 0, ready)
 
 
 def _open_text(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(open_file(path), "utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _parquet(path: Path, text_key: str | None) -> Iterator[Piece | BadRow]:
+def _parquet(path: Path, text_key: str | None) -> Iterator[Chunk | BadRow]:
     try:
         import pyarrow.parquet
         from pyarrow import ArrowException
@@ -179,7 +179,7 @@ def _parquet(path: Path, text_key: str | None) -> Iterator[Piece | BadRow]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             wanted = [name for name in ((text_key,) if text_key else TEXT_KEYS) if name in file.schema_arrow.names]
-            yield from _row_pieces(path, _parquet_rows(file, wanted[:1] or None, (ArrowException, OSError, ValueError)))
+            yield from _row_chunks(path, _parquet_rows(file, wanted[:1] or None, (ArrowException, OSError, ValueError)))
     except (ArrowException, OSError, ValueError) as error:
         yield BadRow(str(path), "", f"not a readable Parquet file: {error}")
 
@@ -211,23 +211,23 @@ def _broken(batch: Any) -> bool:
     return False
 
 
-def documents(piece: Piece, text_key: str | None = None) -> Iterator[Document | BadRow]:
-    """The documents of a piece in order, each a Document or the BadRow that stands in its place."""
-    if piece.kind == "rows":
-        for where, value in piece.payload:
-            yield _row_document(piece.path, where, value, text_key)
+def documents(chunk: Chunk, text_key: str | None = None) -> Iterator[Document | BadRow]:
+    """The documents of a chunk in order, each a Document or the BadRow that stands in its place."""
+    if chunk.kind == "rows":
+        for where, value in chunk.payload:
+            yield _row_document(chunk.path, where, value, text_key)
         return
-    content = piece.payload.removeprefix(BOM) if piece.line == 1 else piece.payload
-    if piece.kind == "text":
-        yield _text_document(piece.path, piece.line, content)
+    content = chunk.payload.removeprefix(BOM) if chunk.line == 1 else chunk.payload
+    if chunk.kind == "text":
+        yield _text_document(chunk.path, chunk.line, content)
         return
-    for number, line in enumerate(content.split(b"\n"), piece.line):
+    for number, line in enumerate(content.split(b"\n"), chunk.line):
         if not line.strip():
             continue
-        if piece.kind == "lines":
-            yield _text_document(piece.path, number, line.removesuffix(b"\r"))
+        if chunk.kind == "lines":
+            yield _text_document(chunk.path, number, line.removesuffix(b"\r"))
         else:
-            yield _json_line(piece.path, number, line, text_key)
+            yield _json_line(chunk.path, number, line, text_key)
 
 
 def _text_document(path: str, line: int, content: bytes) -> Document | BadRow:

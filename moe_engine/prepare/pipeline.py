@@ -1,6 +1,6 @@
 """Files to token shards: read in order, tokenised by worker processes, written in order.
 
-    list_files -> read_pieces -> groups of about 1 MiB -> workers: documents, token ids, split -> shards
+    list_files -> read_chunks -> groups of about 1 MiB -> workers: documents, token ids, split -> shards
 
 Groups come back in the order they were read, so the shards are the same bytes for any number of workers. A document is
 held out when the hash of its text falls below `eval_fraction`: equal texts are on one side, whatever they come with. A
@@ -32,14 +32,14 @@ from moe_engine.data.shards import (
     SPLITS,
     TOKENIZER,
     ShardWriter,
-    publish,
-    read_manifest,
+    atomic_folder,
+    read_data_manifest,
     token_dtype,
-    write_manifest,
+    write_data_manifest,
 )
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.prepare.files import Listing, list_files
-from moe_engine.prepare.formats import BadRow, Piece, documents, read_pieces
+from moe_engine.prepare.formats import BadRow, Chunk, documents, read_chunks
 from moe_engine.prepare.progress import Progress
 from moe_engine.prepare.sources import key_of, source_of
 from moe_engine.prepare.tokenizer.load import Tokenizer, load_tokenizer
@@ -51,7 +51,7 @@ STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test
 
 
 @dataclass(frozen=True)
-class Options:
+class PrepareOptions:
     """What, beside the files and the tokenizer, decides the output."""
 
     text_key: str | None = None
@@ -88,7 +88,7 @@ def prepare(
     domains: Mapping[str, Iterable[str | Path]],
     out: str | Path,
     tokenizer: str | None = None,
-    options: Options | None = None,
+    options: PrepareOptions | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     quiet: bool = False,
@@ -98,7 +98,7 @@ def prepare(
     A complete `out` made of the same files, tokenizer and options is returned as it is; another one is refused unless
     `overwrite`. `workers` None chooses. DataError for the first bad row (on_bad_row "stop") or when there is no text.
     """
-    out, options = Path(out), options or Options()
+    out, options = Path(out), options or PrepareOptions()
     _check_options(options, workers)
     model = load_tokenizer(tokenizer)
     if options.add_bos and model.bos_id is None:
@@ -111,17 +111,17 @@ def prepare(
     if (manifest := _existing(out, key, overwrite)) is not None:
         return _with_notes(manifest, listings)
     total = sum(source["bytes"] for found in sources.values() for source in found)
-    with publish(out) as folder, Progress(total, quiet) as progress:
+    with atomic_folder(out) as folder, Progress(total, quiet) as progress:
         writer = _Writer(folder, model, options, files, progress)
         for domain, encoded in _encode_all(files, model, options, _worker_count(workers, total, model)):
             writer.add(domain, encoded)
         manifest = _with_notes(writer.finish(sources, key), listings)
         manifest["tokenizer"] |= {"files": _keep_tokenizer(folder / TOKENIZER, model), "notes": list(model.notes)}
-        write_manifest(folder, manifest)
-    return read_manifest(out)
+        write_data_manifest(folder, manifest)
+    return read_data_manifest(out)
 
 
-def _check_options(options: Options, workers: int | None) -> None:
+def _check_options(options: PrepareOptions, workers: int | None) -> None:
     problems = []
     if not 0 <= options.eval_fraction < 1:
         problems.append(f"eval_fraction {options.eval_fraction}: expected 0 <= eval_fraction < 1")
@@ -159,7 +159,7 @@ def _existing(out: Path, key: str, overwrite: bool) -> dict[str, Any] | None:
         return None
     if not out.is_dir() or not (out / MANIFEST).is_file():
         raise ConfigError(f"{out}: exists and is not prepared data; choose another output folder")
-    manifest = read_manifest(out)
+    manifest = read_data_manifest(out)
     if manifest["key"] == key:
         return manifest
     if overwrite:
@@ -179,13 +179,13 @@ def _worker_count(workers: int | None, size: int, model: Tokenizer) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _groups(files: Mapping[str, Sequence[Path]], options: Options) -> Iterator[tuple[str, list[Piece | BadRow]]]:
+def _groups(files: Mapping[str, Sequence[Path]], options: PrepareOptions) -> Iterator[tuple[str, list[Chunk | BadRow]]]:
     for domain, paths in files.items():
         group, size = [], 0
         for path in paths:
-            for piece in read_pieces(path, options.per, options.text_key):
-                group.append(piece)
-                size += piece.size if isinstance(piece, Piece) else 0
+            for chunk in read_chunks(path, options.per, options.text_key):
+                group.append(chunk)
+                size += chunk.size if isinstance(chunk, Chunk) else 0
                 if size >= GROUP:
                     yield domain, group
                     group, size = [], 0
@@ -194,7 +194,7 @@ def _groups(files: Mapping[str, Sequence[Path]], options: Options) -> Iterator[t
 
 
 def _encode_all(
-    files: Mapping[str, Sequence[Path]], model: Tokenizer, options: Options, workers: int
+    files: Mapping[str, Sequence[Path]], model: Tokenizer, options: PrepareOptions, workers: int
 ) -> Iterator[tuple[str, Encoded]]:
     groups = _groups(files, options)
     if workers == 1:
@@ -234,11 +234,11 @@ def _start_worker() -> None:
 _load_once = lru_cache(maxsize=1)(load_tokenizer)
 
 
-def _encode_in_worker(group: list[Piece | BadRow], tokenizer: str, options: Options) -> Encoded:
+def _encode_in_worker(group: list[Chunk | BadRow], tokenizer: str, options: PrepareOptions) -> Encoded:
     return encode_group(group, _load_once(tokenizer), options)
 
 
-def encode_group(group: list[Piece | BadRow], model: Tokenizer, options: Options) -> Encoded:
+def encode_group(group: list[Chunk | BadRow], model: Tokenizer, options: PrepareOptions) -> Encoded:
     """The documents of `group` as tokens, each with its eos (and bos); blank documents are counted, not kept."""
     bad: list[BadRow] = []
     texts: list[str] = []
@@ -260,7 +260,7 @@ def encode_group(group: list[Piece | BadRow], model: Tokenizer, options: Options
         arrays[split].append(np.concatenate([before, ids, after]))
     dtype = token_dtype(model.vocab_size)
     splits = {split: _joined(found, dtype) for split, found in arrays.items()}
-    size = sum(item.size for item in group if isinstance(item, Piece))
+    size = sum(item.size for item in group if isinstance(item, Chunk))
     return Encoded(splits, bad, rows, empty, size)
 
 
@@ -278,7 +278,7 @@ class _Writer:
     """Takes groups in order, keeps the counts, and writes the shards and the list of bad rows."""
 
     def __init__(
-        self, folder: Path, model: Tokenizer, options: Options, domains: Iterable[str], progress: Progress
+        self, folder: Path, model: Tokenizer, options: PrepareOptions, domains: Iterable[str], progress: Progress
     ) -> None:
         self.folder, self.model, self.options, self.progress = folder, model, options, progress
         self.dtype = token_dtype(model.vocab_size)

@@ -4,12 +4,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_engine.checkpoint.agreement import together
-from moe_engine.checkpoint.compare import differences
+from moe_engine.checkpoint.compare import setting_changes
 from moe_engine.checkpoint.folders import folder_of, set_aside
-from moe_engine.checkpoint.hf.carried import keep_for_run
-from moe_engine.checkpoint.hf.first import check_finite, open_weights
+from moe_engine.checkpoint.hf.first_weights import check_finite, open_weights
 from moe_engine.checkpoint.hf.folder import HfFolder
+from moe_engine.checkpoint.hf.side_files import keep_for_run
 from moe_engine.checkpoint.manifest import NAME, read_manifest
 from moe_engine.checkpoint.reader import Reader, agreed_steps, check_resume, choose, verify
 from moe_engine.config import Run
@@ -17,6 +16,7 @@ from moe_engine.data.loader import Loader
 from moe_engine.data.shards import TOKENIZER
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.log import Logger
+from moe_engine.parallel.agree import act_together
 from moe_engine.parallel.collectives import gather_bytes
 from moe_engine.parallel.mesh import Axis, Mesh
 from moe_engine.train.engine import Engine
@@ -43,21 +43,21 @@ def begin(run: Run, mesh: Mesh, engine: Engine, loader: Loader, log: Logger, hea
     folder = choose(run.train.resume, root, world, log.warn, reading) if run.train.resume else None
     if folder is None:
         source = load_first_weights(run, engine, world, heartbeat) if run.train.init_from else None
-        together(lambda: keep_side_files(run, loader, source), world, everywhere=False)
+        act_together(lambda: keep_side_files(run, loader, source), world, everywhere=False)
         if source is not None:
             log.info(f"started with the weights of {source}")
         return Beginning()
     manifest = read_manifest(folder)
     if "hf" in manifest:
         raise ConfigError(f"{folder} holds weights without a training state: start from them with --init-from")
-    log.warn(*differences(manifest["run"], run.model_dump(mode="json")))
+    log.warn(*setting_changes(manifest["run"], run.model_dump(mode="json")))
     loader.load_state(manifest["data"])
     load_state(engine, mesh, folder, reading)
     if folder.parent.resolve() != root.resolve():  # of another run, whose files go along
-        together(lambda: keep_side_files(run, loader, Reader(folder)), world, everywhere=False)
+        act_together(lambda: keep_side_files(run, loader, Reader(folder)), world, everywhere=False)
     log.info(f"resumed from {folder}: {manifest['step']} steps done")
     later = [step for step in there if step > manifest["step"]]  # damaged, or of a past that the run leaves now
-    together(lambda: set_steps_aside(root, later, log), world, everywhere=False)
+    act_together(lambda: set_steps_aside(root, later, log), world, everywhere=False)
     return Beginning(int(manifest["step"]), int(manifest["tokens"]))
 
 
@@ -70,9 +70,9 @@ def load_first_weights(run: Run, engine: Engine, world: Axis, heartbeat: Heartbe
     if ours[0] and (problems := verify(path, world, reading)):
         raise DataError("; ".join(problems))
     opened: list[HfFolder | Reader] = []
-    together(lambda: opened.append(open_weights(path)), world)
+    act_together(lambda: opened.append(open_weights(path)), world)
     found: list[str] = []
-    together(lambda: found.extend(load_weights(engine, opened[0], reading)), world)
+    act_together(lambda: found.extend(load_weights(engine, opened[0], reading)), world)
     check_finite(opened[0], found, world)
     engine.weights_from_masters()
     return opened[0]

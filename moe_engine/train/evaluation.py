@@ -7,7 +7,7 @@ import torch
 
 from moe_engine.config import Run
 from moe_engine.data.loader import Batch, OpenDomain, eval_batches
-from moe_engine.model.loss import IGNORE
+from moe_engine.labels import IGNORE
 from moe_engine.parallel.collectives import sum_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.train.engine import Engine

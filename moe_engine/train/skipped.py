@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_engine.data.loader import Batch
-from moe_engine.model.loss import IGNORE
+from moe_engine.labels import IGNORE
 from moe_engine.model.router_losses import load_share
 from moe_engine.parallel.collectives import gather_rows, sum_
 from moe_engine.parallel.mesh import Mesh

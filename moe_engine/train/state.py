@@ -15,7 +15,7 @@ import torch
 
 import moe_engine
 from moe_engine.checkpoint.finite import nonfinite
-from moe_engine.checkpoint.hf.first import check_shapes
+from moe_engine.checkpoint.hf.first_weights import check_shapes
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.saver import Saver, Shard

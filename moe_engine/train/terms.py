@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moe_engine.config import Model
-from moe_engine.data.loader import IGNORED, Batch
+from moe_engine.data.loader import Batch
+from moe_engine.labels import IGNORE
 from moe_engine.model.router_losses import balance_loss, z_loss
 from moe_engine.model.transformer import Output
 from moe_engine.parallel.collectives import sum_
@@ -67,7 +68,7 @@ class LanguageModelLoss(Term):
         self.domains = domains
 
     def count(self, batch: Batch) -> Tensor:
-        return (batch.labels_BS != IGNORED).sum()
+        return (batch.labels_BS != IGNORE).sum()
 
     def total(self, batch: Batch, output: Output, load: Sequence[Tensor] | None) -> Tensor:
         return output.loss_T.sum()
@@ -75,7 +76,7 @@ class LanguageModelLoss(Term):
     def measures(self, batch: Batch, output: Output) -> Mapping[str, Measure]:
         found = {"labelled_tokens": Measure(self.count(batch))}
         loss_B = output.loss_T.view(batch.labels_BS.shape).sum(1).double()
-        labelled_B = (batch.labels_BS != IGNORED).sum(1)
+        labelled_B = (batch.labels_BS != IGNORE).sum(1)
         for i, name in enumerate(self.domains):
             here_B = batch.domain_B == i
             found[f"domain_loss/{name}"] = Measure((loss_B * here_B).sum(), (labelled_B * here_B).sum())

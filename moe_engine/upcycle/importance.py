@@ -21,8 +21,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_engine.data.loader import IGNORED, Batch
+from moe_engine.data.loader import Batch
 from moe_engine.errors import DataError
+from moe_engine.labels import IGNORE
 from moe_engine.model.transformer import Transformer
 from moe_engine.upcycle.features import group_sequences, inputs_of, sequence_features
 
@@ -52,7 +53,7 @@ def neuron_importance(
     sum_NEF = torch.zeros(layers, groups, width, dtype=torch.float64, device=device)
     count_NE = torch.zeros(layers, groups, dtype=torch.float64, device=device)
     for batch in batches:
-        valid_T = batch.labels_BS.flatten() != IGNORED
+        valid_T = batch.labels_BS.flatten() != IGNORE
         for layer, found in enumerate(_layers(model, batch, variant)[0]):
             if gates is None:
                 group_T = batch.domain_B.repeat_interleave(batch.tokens_BS.shape[1])
@@ -74,7 +75,7 @@ def importance_of_clusters(
     for batch in batches:
         found, h_TD = _layers(model, batch, variant)
         features.append(sequence_features(h_TD, batch.tokens_BS.shape))
-        valid_BS1 = (batch.labels_BS != IGNORED).unsqueeze(-1)
+        valid_BS1 = (batch.labels_BS != IGNORE).unsqueeze(-1)
         shape = *batch.tokens_BS.shape, -1
         sums.append(torch.stack([(each.value_TF.view(shape) * valid_BS1).sum(dim=1) for each in found]))
         counts.append(valid_BS1.sum(dim=(1, 2)).double())

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moe_engine.checkpoint.compare import BALANCING, HARMLESS, differences
+from moe_engine.checkpoint.compare import BALANCING, HARMLESS, setting_changes
 from moe_engine.config import Data, Domain, Model, Run
 from moe_engine.errors import ConfigError
 
@@ -36,9 +36,9 @@ def test_one_change(section: str, key: str):
     now[section][key] = other(now[section][key])
     if section == "model" and key not in BALANCING:
         with pytest.raises(ConfigError, match=rf"another model: model\.{key} is .* there and .* in the run\. Resume"):
-            differences(SAVED, now)
+            setting_changes(SAVED, now)
         return
-    lines = differences(SAVED, now)
+    lines = setting_changes(SAVED, now)
     if section == "parallel" or key in HARMLESS:
         assert lines == []
     else:
@@ -49,14 +49,14 @@ def test_what_is_said():
     now = copy.deepcopy(SAVED)
     now["train"] |= {"steps": 600, "out": "elsewhere"}
     now["data"]["domains"] = [domain | {"path": "moved/" + domain["path"]} for domain in now["data"]["domains"]]
-    (line,) = differences(SAVED, now)
+    (line,) = setting_changes(SAVED, now)
     assert line.startswith("train.steps was 300 until the checkpoint and is 600 now; the learning rate follows the new")
     now["data"]["domains"][0]["weight"] = 5.0
-    assert "data.domains was {'a': 1.0, 'b': 2.0} until" in differences(SAVED, now)[1]
+    assert "data.domains was {'a': 1.0, 'b': 2.0} until" in setting_changes(SAVED, now)[1]
 
 
 def test_settings_of_another_version_are_passed_over():
     now = copy.deepcopy(SAVED)
     del now["train"]["keep_last"]
     now["optimizer"]["novel"] = 3
-    assert differences(SAVED, now) == [] == differences(now, SAVED)
+    assert setting_changes(SAVED, now) == [] == setting_changes(now, SAVED)

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_engine.checkpoint import disk
 from moe_engine.checkpoint.folders import prune, set_aside, steps_in
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import Reader, verify
 from moe_engine.checkpoint.saver import Saver, Shard
 from moe_engine.errors import DataError, StorageError
+from moe_engine.host import disk
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from tests.checkpoint.small import ALONE, MANIFEST, WHOLE, save_one, saver_of, shard_of
@@ -54,7 +54,7 @@ def test_poll_completes_when_every_rank_has_written(tmp_path: Path):
         half = WHOLE.flatten()[12 * rank : 12 * rank + 12].clone()
         saver.save(1, Shard([(Piece("w", ((0, 4), (0, 6)), 12 * rank, 12), {"master": half})], {}), MANIFEST)
         seen = []
-        while saver.flight is not None:
+        while saver.pending is not None:
             folder = saver.poll()
             seen.append(folder and folder.name)
         return seen
@@ -159,8 +159,8 @@ def test_a_save_that_failed_does_not_take_the_next_one_along(tmp_path: Path, mon
     with monkeypatch.context() as context:
         context.setattr(disk, "sync", fail)
         saver.save(1, shard_of(), MANIFEST)
-        assert saver.flight is not None
-        saver.flight.thread.join()
+        assert saver.pending is not None
+        saver.pending.thread.join()
     with pytest.raises(StorageError, match="no; check the disk"):
         saver.save(2, shard_of(2.0), MANIFEST)
     assert saver.finish() == tmp_path / "step-00000002" and steps_in(tmp_path) == [2]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_engine.data.shards import ShardWriter, publish, token_dtype, write_manifest
+from moe_engine.data.shards import ShardWriter, atomic_folder, token_dtype, write_data_manifest
 
 MakeDataset = Callable[..., Path]
 
@@ -25,7 +25,7 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
         eos_id = vocab_size - 1
         dtype = token_dtype(vocab_size)
         entries = {}
-        with publish(tmp_path / name) as folder:
+        with atomic_folder(tmp_path / name) as folder:
             for domain, documents in domains.items():
                 splits = {}
                 for split, texts in ("train", documents), ("eval", held_out):
@@ -38,7 +38,7 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
                 entries[domain] = {"splits": splits, "bad_rows": 0, "empty_documents": 0, "sources": []}
             tokenizer = {"spec": "made up", "kind": "test", "fingerprint": "f" * 64}
             sizes = {"dtype": dtype.str, "vocab_size": vocab_size, "eos_id": eos_id}
-            write_manifest(folder, {"key": "", **sizes, "tokenizer": tokenizer, "domains": entries})
+            write_data_manifest(folder, {"key": "", **sizes, "tokenizer": tokenizer, "domains": entries})
         return tmp_path / name
 
     return make

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_engine.data.shards import MANIFEST, ShardWriter, TokenDataset, publish, read_manifest, token_dtype
+from moe_engine.data.shards import MANIFEST, ShardWriter, TokenDataset, atomic_folder, read_data_manifest, token_dtype
 from moe_engine.errors import ConfigError, DataError
 
 
@@ -109,11 +109,11 @@ def test_damaged_folder_is_refused(make_dataset, tmp_path: Path) -> None:  # typ
     with pytest.raises(DataError, match="cannot be read"):
         TokenDataset(broken(lambda f: (f / MANIFEST).write_text("{")), "web", "train")
     with pytest.raises(DataError, match=r"holds no manifest.json.*prepare_data"):
-        read_manifest(broken(lambda f: (f / MANIFEST).unlink()))
+        read_data_manifest(broken(lambda f: (f / MANIFEST).unlink()))
     with pytest.raises(DataError, match=r"not moe_engine\.tokens version"):
-        read_manifest(broken(lambda f: (f / MANIFEST).write_text(json.dumps({"format": "other"}))))
+        read_data_manifest(broken(lambda f: (f / MANIFEST).write_text(json.dumps({"format": "other"}))))
     with pytest.raises(DataError, match="no such folder"):
-        read_manifest(tmp_path / "nowhere")
+        read_data_manifest(tmp_path / "nowhere")
 
 
 def test_what_a_manifest_names_lies_in_the_folder(make_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -136,7 +136,7 @@ def test_what_a_manifest_names_lies_in_the_folder(make_dataset, tmp_path: Path) 
     (folder / MANIFEST).unlink()
     os.mkfifo(folder / MANIFEST)
     with pytest.raises(DataError, match=r"holds no manifest.json"):
-        read_manifest(folder)
+        read_data_manifest(folder)
 
 
 @pytest.mark.parametrize("dtype", ["|O", "<u4", "<i8", [["a", "<u2"]]])
@@ -151,16 +151,16 @@ def test_tokens_of_another_type_are_refused(make_dataset, dtype: object) -> None
 
 def test_publish_is_all_or_nothing(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    with pytest.raises(RuntimeError), publish(out) as folder:
+    with pytest.raises(RuntimeError), atomic_folder(out) as folder:
         (folder / "a").write_text("x")
         raise RuntimeError
     assert list((tmp_path / "deep").iterdir()) == []
-    with publish(out) as folder:
+    with atomic_folder(out) as folder:
         (folder / "a").write_text("x")
         assert not out.exists()
-        with pytest.raises(ConfigError, match="another preparation"), publish(out):
+        with pytest.raises(ConfigError, match="another preparation"), atomic_folder(out):
             pass
-    with publish(out) as folder:
+    with atomic_folder(out) as folder:
         (folder / "b").write_text("x")
     assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["out"]
     assert [entry.name for entry in out.iterdir()] == ["b"]
@@ -170,15 +170,15 @@ def test_publish_after_a_kill_starts_clean(tmp_path: Path) -> None:
     script = """
 import os, signal, sys
 from pathlib import Path
-from moe_engine.data.shards import publish
-with publish(Path(sys.argv[1])) as folder:
+from moe_engine.data.shards import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as folder:
     (folder / "left_over").write_text("x")
     os.kill(os.getpid(), signal.SIGKILL)
 """
     out = tmp_path / "out"
     subprocess.run([sys.executable, "-c", script, str(out)], cwd=Path(__file__).parents[2], check=False)
     assert not out.exists() and (tmp_path / "out.partial" / "left_over").exists()
-    with publish(out) as folder:
+    with atomic_folder(out) as folder:
         (folder / "a").write_text("x")
     assert [entry.name for entry in out.iterdir()] == ["a"] and not (tmp_path / "out.partial").exists()
 
@@ -186,11 +186,11 @@ with publish(Path(sys.argv[1])) as folder:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_unwritable_output_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(ConfigError, match="cannot be written"), publish(tmp_path / "locked" / "out"):
+    with pytest.raises(ConfigError, match="cannot be written"), atomic_folder(tmp_path / "locked" / "out"):
         pass
 
 
 def test_output_below_a_file_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="cannot be written"), publish(tmp_path / "file" / "out"):
+    with pytest.raises(ConfigError, match="cannot be written"), atomic_folder(tmp_path / "file" / "out"):
         pass

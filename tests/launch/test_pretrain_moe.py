@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from moe_engine.log import read_rows
-from moe_engine.prepare.pipeline import Options, prepare
+from moe_engine.prepare.pipeline import PrepareOptions, prepare
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "launch/pretrain_moe.py"
@@ -63,7 +63,7 @@ def refused(done: Done, code: int, *wanted: str) -> None:
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     (folder / "a.txt").write_text("what is written here is read again and again. " * 400)
-    prepare({"a": [folder / "a.txt"]}, folder / "tokens", None, Options(eval_fraction=0.05), quiet=True)
+    prepare({"a": [folder / "a.txt"]}, folder / "tokens", None, PrepareOptions(eval_fraction=0.05), quiet=True)
     return folder / "tokens"
 
 
@@ -145,7 +145,7 @@ def test_data_that_is_not_there(tmp_path: Path):
 
 def test_data_too_small_for_one_step(tmp_path: Path):
     (tmp_path / "a.txt").write_text("too short")
-    prepare({"a": [tmp_path / "a.txt"]}, tmp_path / "tokens", None, Options(eval_fraction=0), quiet=True)
+    prepare({"a": [tmp_path / "a.txt"]}, tmp_path / "tokens", None, PrepareOptions(eval_fraction=0), quiet=True)
     done = run(*SMALL, "--out", tmp_path / "out", "--data", tmp_path / "tokens")
     refused(done, 65, r"domain .*(tokens do not fill one window|windows of).*more text")
 

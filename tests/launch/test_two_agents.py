@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_engine.log import read_rows
-from moe_engine.prepare.pipeline import Options, prepare
+from moe_engine.prepare.pipeline import PrepareOptions, prepare
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +44,7 @@ def losses(agents: list[list[str]], script: list[str], out: Path) -> list[float]
 
 def compare(tmp_path: Path, ranks_each: int, layout: list[str], rendezvous: str) -> None:
     (tmp_path / "a.txt").write_text("".join(f"line {i * i} of the text. " for i in range(4000)))
-    prepare({"a": [tmp_path / "a.txt"]}, tmp_path / "tokens", None, Options(eval_fraction=0.05), quiet=True)
+    prepare({"a": [tmp_path / "a.txt"]}, tmp_path / "tokens", None, PrepareOptions(eval_fraction=0.05), quiet=True)
     script = ["--steps", "4", "--seq-length", "16", "--micro-batch", "2", "--data", str(tmp_path / "tokens"), *layout]
     one = losses([["--nproc_per_node", str(2 * ranks_each)]], script, tmp_path / "one")
     port = free_port()

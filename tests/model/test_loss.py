@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_engine.model.loss import IGNORE, vocab_cross_entropy
+from moe_engine.labels import IGNORE
+from moe_engine.model.loss import vocab_cross_entropy
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Axis, build_mesh
 

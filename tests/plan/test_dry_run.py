@@ -10,7 +10,7 @@ from launch.pretrain_moe import main
 from moe_engine.checkpoint.manifest import write_manifest
 from moe_engine.config_cli import load
 from moe_engine.prepare.default import NAME
-from moe_engine.prepare.pipeline import Options, prepare
+from moe_engine.prepare.pipeline import PrepareOptions, prepare
 from tests.checkpoint.hf.small import save, theirs
 
 
@@ -92,7 +92,7 @@ def test_refusals(
     if "hf" in arguments:
         save(theirs("llama"), tmp_path / "hf", shard="1GB", side=False)
     if "--data" in arguments:
-        prepare({"data": ["file"]}, "data", None, Options(eval_fraction=0.0), quiet=True)
+        prepare({"data": ["file"]}, "data", None, PrepareOptions(eval_fraction=0.0), quiet=True)
     found, said = dry(capsys, *arguments)
     assert found == code and "\nok\n" not in said
     (line,) = said.splitlines()
@@ -101,7 +101,7 @@ def test_refusals(
 
 def test_the_data_of_a_run_that_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.txt").write_text("some words\n" * 1000)
-    prepare({"data": ["text.txt"]}, "data", None, Options(), quiet=True)
+    prepare({"data": ["text.txt"]}, "data", None, PrepareOptions(), quiet=True)
     folder = checkpoint(20)
     state = {"step": 20, "seed": 0, "seq_length": 128, "domains": ["data"], "datasets": [], "mixture": {}}
     run = load(["--data", "data"], 1).run.model_dump(mode="json")

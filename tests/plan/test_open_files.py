@@ -15,7 +15,7 @@ from moe_engine.parallel.collectives import sum_
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.plan.open_files import ALONE, group_files, read_files
-from moe_engine.prepare.pipeline import Options, prepare
+from moe_engine.prepare.pipeline import PrepareOptions, prepare
 
 
 def test_case_16_a_low_limit_is_raised_or_named() -> None:
@@ -52,7 +52,7 @@ def test_groups_open_no_more_than_is_counted(layout: tuple[int, int, int]) -> No
 def test_data_and_checkpoints_count(tmp_path: Path) -> None:
     """Each shard of the data stays mapped, so a corpus of many may need more than the usual 1024."""
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "some words and {i} others"}}\n' for i in range(100)))
-    options = Options(shard_tokens=100, eval_fraction=0.0)
+    options = PrepareOptions(shard_tokens=100, eval_fraction=0.0)
     prepare({"a": [tmp_path / "a.jsonl"]}, tmp_path / "a", None, options, quiet=True)
     shards = len(list((tmp_path / "a").glob("*.bin")))
     newest = tmp_path / "out" / "checkpoints" / "step-00000003"

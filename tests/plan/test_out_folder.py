@@ -12,7 +12,7 @@ from moe_engine.config_cli import load
 from moe_engine.errors import ConfigError
 from moe_engine.plan.out_folder import FILES, FOLDERS, check_out_folder
 from moe_engine.prepare.default import NAME
-from moe_engine.prepare.pipeline import Options, prepare
+from moe_engine.prepare.pipeline import PrepareOptions, prepare
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def refusal(run: Run, goes_on: bool = False) -> str:
 
 def prepared(folder: str, name: str) -> None:
     Path("text.txt").write_text("some words\n" * 100)
-    prepare({name: ["text.txt"]}, folder, None, Options(), quiet=True)
+    prepare({name: ["text.txt"]}, folder, None, PrepareOptions(), quiet=True)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -11,7 +11,7 @@ from moe_engine.config import Run
 from moe_engine.config_cli import load_run
 from moe_engine.errors import ConfigError
 from moe_engine.plan.tokenizers import check_tokenizers, of_weights
-from moe_engine.prepare.pipeline import Options, prepare
+from moe_engine.prepare.pipeline import PrepareOptions, prepare
 from moe_engine.prepare.tokenizer import byte_files
 from moe_engine.prepare.tokenizer.load import load_tokenizer
 
@@ -38,7 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(home: Path, name: str, tokenizer: Path | None, **options: Any) -> None:
     spec = str(tokenizer) if tokenizer else None
-    prepare({"a": [home / "a.txt"]}, home / "data" / name, spec, Options(**options), quiet=True)
+    prepare({"a": [home / "a.txt"]}, home / "data" / name, spec, PrepareOptions(**options), quiet=True)
 
 
 def run_on(*arguments: str | Path, init_from: Path | None = None) -> Run:

@@ -12,7 +12,7 @@ import pytest
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.prepare import formats
 from moe_engine.prepare.files import list_files
-from moe_engine.prepare.formats import BadRow, Document, documents, read_pieces
+from moe_engine.prepare.formats import BadRow, Document, documents, read_chunks
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data files are not beside the repository")
@@ -50,7 +50,7 @@ DEFECTS = {
 
 def read(path: Path, text_key: str | None = None, per: str = "file") -> tuple[list[str], list[BadRow]]:
     texts, bad = [], []
-    for piece in read_pieces(path, per, text_key):  # type: ignore[arg-type]
+    for piece in read_chunks(path, per, text_key):  # type: ignore[arg-type]
         for row in [piece] if isinstance(piece, BadRow) else documents(piece, text_key):
             if isinstance(row, Document):
                 texts.append(row.text)

@@ -12,20 +12,20 @@ import pytest
 
 from moe_engine.errors import ConfigError
 from moe_engine.prepare.files import list_files
-from moe_engine.prepare.formats import BadRow, documents, read_pieces
-from moe_engine.prepare.pipeline import Options, prepare
+from moe_engine.prepare.formats import BadRow, documents, read_chunks
+from moe_engine.prepare.pipeline import PrepareOptions, prepare
 
-SKIP = Options(on_bad_row="skip", eval_fraction=0.0)
+SKIP = PrepareOptions(on_bad_row="skip", eval_fraction=0.0)
 
 
-def prepared(out: Path, *inputs: Path, options: Options = SKIP) -> dict[str, Any]:
+def prepared(out: Path, *inputs: Path, options: PrepareOptions = SKIP) -> dict[str, Any]:
     return prepare({"data": list(inputs)}, out, "bytes", options, quiet=True)
 
 
 def read(path: Path) -> tuple[list[str], list[BadRow]]:
     """Texts and bad rows of a file."""
     texts, bad = [], []
-    for piece in read_pieces(path):
+    for piece in read_chunks(path):
         for row in [piece] if isinstance(piece, BadRow) else documents(piece):
             bad.append(row) if isinstance(row, BadRow) else texts.append(row.text)
     return texts, bad
@@ -38,7 +38,7 @@ def lines(count: int, first: str = "") -> str:
 def test_case_03_a_long_first_row_takes_no_other_with_it(tmp_path: Path) -> None:
     path = tmp_path / "long.json"
     path.write_text(lines(1001, "x" * 1_100_000))
-    manifest = prepared(tmp_path / "out", path, options=Options(eval_fraction=0.0))  # nothing is refused
+    manifest = prepared(tmp_path / "out", path, options=PrepareOptions(eval_fraction=0.0))  # nothing is refused
     counts = {name: manifest[name] for name in ("rows_read", "documents_kept", "empty_documents", "bad_rows")}
     assert counts == {"rows_read": 1001, "documents_kept": 1001, "empty_documents": 0, "bad_rows": 0}
 

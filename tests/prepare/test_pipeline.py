@@ -17,7 +17,7 @@ import pytest
 from moe_engine.data.loader import Loader, open_domains
 from moe_engine.data.shards import MANIFEST, TokenDataset
 from moe_engine.errors import ConfigError, DataError
-from moe_engine.prepare.pipeline import Options, prepare, stdlib_sources
+from moe_engine.prepare.pipeline import PrepareOptions, prepare, stdlib_sources
 from moe_engine.prepare.tokenizer.load import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def corpus(folder: Path) -> dict[str, list[str | Path]]:
 def make(
     domains: dict[str, Any], out: Path, tokenizer: str | None = None, workers: int = 1, **options: Any
 ) -> dict[str, Any]:
-    return prepare(domains, out, tokenizer, Options(**options), workers, quiet=True)
+    return prepare(domains, out, tokenizer, PrepareOptions(**options), workers, quiet=True)
 
 
 def documents(folder: Path, domain: str, split: str = "train") -> list[list[int]]:
@@ -181,12 +181,12 @@ def test_same_request_is_reused_and_another_refused(tmp_path: Path) -> None:
     os.utime(tmp_path / "in" / "0.txt", (1, 1))
     with pytest.raises(ConfigError, match="other files"):
         make(domains, out)
-    prepare(domains, out, None, Options(), 1, overwrite=True, quiet=True)
+    prepare(domains, out, None, PrepareOptions(), 1, overwrite=True, quiet=True)
     assert (out / MANIFEST).stat().st_ino != before.st_ino
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(ConfigError, match="is not prepared data"):
-        prepare(domains, tmp_path / "mine", None, Options(), 1, overwrite=True, quiet=True)
+        prepare(domains, tmp_path / "mine", None, PrepareOptions(), 1, overwrite=True, quiet=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
@@ -214,7 +214,7 @@ def test_standard_library_is_a_corpus(tmp_path: Path) -> None:
     sources = stdlib_sources()
     assert sources == stdlib_sources() and {"json", "email"} <= {file.parent.name for file in sources}
     assert not any(part in ("site-packages", "test", "tests") for file in sources for part in file.parts[-4:-1])
-    manifest = prepare({"stdlib": sources}, tmp_path / "out", quiet=True, options=Options(on_bad_row="skip"))
+    manifest = prepare({"stdlib": sources}, tmp_path / "out", quiet=True, options=PrepareOptions(on_bad_row="skip"))
     assert manifest["tokens"] > 5_000_000
     domains = open_domains([("stdlib", str(tmp_path / "out"), 1.0)], vocab_size=257)
     (batch,) = Loader(domains, seed=0, seq_length=256, micro_batch=4).next_step()
@@ -228,8 +228,8 @@ def test_long_line_in_bounded_memory(tmp_path: Path) -> None:
         file.write(b'{"text": "first"}\n{"text": "' + b"x" * 100_000_000 + b'"}\n{"text": "last"}\n')
     script = r"""
 import re, sys
-from moe_engine.prepare.pipeline import Options, prepare
-options = Options(on_bad_row="skip", eval_fraction=0.0)
+from moe_engine.prepare.pipeline import PrepareOptions, prepare
+options = PrepareOptions(on_bad_row="skip", eval_fraction=0.0)
 m = prepare({"d": [sys.argv[1]]}, sys.argv[2], options=options, workers=1, quiet=True)
 peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())
 print(m["documents"], m["bad_rows"], int(peak[1]) // 1024)

@@ -14,7 +14,7 @@ import pytest
 
 from moe_engine.data.shards import MANIFEST, TokenDataset
 from moe_engine.errors import ConfigError
-from moe_engine.prepare.pipeline import Options, prepare
+from moe_engine.prepare.pipeline import PrepareOptions, prepare
 from moe_engine.prepare.tokenizer.identity import BYTES, PROBE
 from moe_engine.prepare.tokenizer.load import load_tokenizer
 from moe_engine.prepare.tokenizer.tiktoken import LLAMA3_RANKS, digest_of
@@ -365,7 +365,7 @@ def test_case_19_a_token_past_the_vocabulary_that_no_text_uses_is_no_obstacle(bp
     config = {"eos_token": "<end>", "pad_token": "<pad>", "added_tokens_decoder": added}
     folder = folder_of(bpe, tmp_path, config, {}, {})
     (tmp_path / "a.txt").write_text("a text with <pad> " * 50)
-    manifest = prepare({"d": [tmp_path / "a.txt"]}, tmp_path / "out", str(folder), Options(), quiet=True)
+    manifest = prepare({"d": [tmp_path / "a.txt"]}, tmp_path / "out", str(folder), PrepareOptions(), quiet=True)
     assert manifest["vocab_size"] == 401 and manifest["tokenizer"]["pad_id"] == 400
     dataset = TokenDataset(tmp_path / "out", "d", "train", vocab_size=400)
     assert int(np.max(dataset.read(0, 0, 10**6))) < 400

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_engine.checkpoint import reader, saver
-from moe_engine.checkpoint.folders import prune, publish, steps_in
+from moe_engine.checkpoint.folders import prune, publish_step, steps_in
 from moe_engine.host.signals import Requests
 from moe_engine.train import state
 from tools.fault_battery import main
@@ -47,9 +47,9 @@ def test_the_old_checkpoint_removed_before_the_new_one_is_there(tmp_path: Path, 
     def in_the_wrong_order(temporary: Path, final: Path) -> None:
         for step in steps_in(final.parent):
             saver.disk.remove(saver.folder_of(final.parent, step))
-        publish(temporary, final)
+        publish_step(temporary, final)
 
-    monkeypatch.setattr(saver, "publish", in_the_wrong_order)
+    monkeypatch.setattr(saver, "publish_step", in_the_wrong_order)
     monkeypatch.setattr(saver, "prune", lambda *arguments: prune(arguments[0], 0, 0))
     assert any("no checkpoint is left" in found for found in failures(tmp_path, "A2", 40))
 

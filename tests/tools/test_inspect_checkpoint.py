@@ -8,7 +8,7 @@ import torch
 
 from moe_engine.checkpoint.folders import steps_in
 from moe_engine.checkpoint.hf.folder import HfFolder
-from moe_engine.checkpoint.hf.read import read_hf
+from moe_engine.checkpoint.hf.to_checkpoint import import_folder
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.loop import fit
@@ -83,11 +83,11 @@ def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def imported(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two imports that differ in one weight by all of it; the second holds a NaN as well."""
     home, model = tmp_path_factory.mktemp("imported"), theirs("mixtral").bfloat16()
-    read_hf(HfFolder(save(model, home / "a-hf")), home / "a")
+    import_folder(HfFolder(save(model, home / "a-hf")), home / "a")
     with torch.no_grad():
         model.get_parameter("model.norm.weight").mul_(2.0)
         model.get_parameter("lm_head.weight")[0, 0] = float("nan")
-    read_hf(HfFolder(save(model, home / "b-hf")), home / "b", allow_nonfinite=True)
+    import_folder(HfFolder(save(model, home / "b-hf")), home / "b", allow_nonfinite=True)
     return [home / "a", home / "b"]
 
 

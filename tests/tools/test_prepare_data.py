@@ -76,5 +76,5 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], code: int, 
     (tmp_path / "empty").mkdir()
     done = run(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert done.returncode == code and said in done.stderr, done.stderr
-    assert done.stderr.startswith("prepare_data: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
-from moe_engine.checkpoint.hf.read import read_hf
+from moe_engine.checkpoint.hf.to_checkpoint import import_folder
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.config import Run
 from moe_engine.errors import EngineError
@@ -183,7 +183,7 @@ def alone(run: Run) -> tuple[str, dict[str, np.ndarray]]:
 
 def test_an_imported_checkpoint_is_the_folder(hf: Path, corpus: Path, tmp_path: Path) -> None:
     imported = tmp_path / "imported"
-    read_hf(HfFolder(hf), imported)
+    import_folder(HfFolder(hf), imported)
     for out, source in (("a", hf), ("b", imported)):
         _, found = alone(run_from(hf, corpus, tmp_path / out, (1, 1, 1), train={"init_from": str(source)}))
         assert found.keys() == whole_weights(hf).keys()
@@ -248,7 +248,7 @@ def test_case_07_a_run_keeps_what_goes_along_and_its_export_has_it(
     (source / "real.json").write_text(json.dumps(said, indent=2))
     (source / "config.json").unlink()
     (source / "config.json").symlink_to("real.json")
-    read_hf(HfFolder(source), tmp_path / "imported")
+    import_folder(HfFolder(source), tmp_path / "imported")
     for start in ("source", "imported"):
         out = tmp_path / f"of-{start}"
         run = run_from(source, corpus, out, (1, 1, 1), train={"init_from": str(tmp_path / start)})
@@ -305,7 +305,7 @@ def test_case_08_a_run_does_not_start_with_nan(layout: Layout, corpus: Path, tmp
     assert "model.embed_tokens.weight: 2 NaN of 8448" in told[0]
     assert "model.layers.2.mlp.up_proj.weight: 1 infinite of 1280" in told[0]
     imported = tmp_path / "imported"
-    read_hf(HfFolder(source), imported, allow_nonfinite=True)
+    import_folder(HfFolder(source), imported, allow_nonfinite=True)
     run = run_from(source, corpus, tmp_path / "out", layout, zero=1, train={"init_from": str(imported)})
     assert set(refusals(run, layout)) == {""}
     (line,) = [line for line in weight_warnings(run) if "NaN or infinite" in line]
@@ -324,7 +324,7 @@ def test_case_11c_a_run_is_exported_in_the_dtype_of_the_tensors_it_began_from(
     start = source
     if through == "checkpoint":
         start = tmp_path / "imported"
-        read_hf(HfFolder(source), start)
+        import_folder(HfFolder(source), start)
     run = run_from(source, corpus, tmp_path / "out", (1, 1, 1), train={"init_from": str(start)})
     run_on_ranks(lambda rank: fit(session_of(run, build_mesh(1, 1, 1))), 1)
     export_checkpoint(tmp_path / "out" / "checkpoints" / "step-00000001", tmp_path / "again", ExportOptions())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_engine.prepare.pipeline import Options, prepare
+from moe_engine.prepare.pipeline import PrepareOptions, prepare
 
 Injections = Iterator[str | None]
 
@@ -26,7 +26,7 @@ def make_corpus(folder: Path) -> Path:
         text = " ".join(f"{draw.choice(words.split())}{draw.randrange(10**6)}" for _ in range(1500))
         (folder / f"{name}.txt").write_text(text)
     files = {name: [folder / f"{name}.txt"] for name in ("prose", "code")}
-    prepare(files, folder / "tokens", None, Options(eval_fraction=0.1), quiet=True)
+    prepare(files, folder / "tokens", None, PrepareOptions(eval_fraction=0.1), quiet=True)
     return folder / "tokens"
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from moe_engine.checkpoint import disk, shard
+from moe_engine.checkpoint import shard
 from moe_engine.checkpoint.folders import folder_of, steps_in
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import choose, verify
 from moe_engine.checkpoint.saver import MANIFEST_BYTES, Saver, Shard
 from moe_engine.errors import EngineError, StorageError
+from moe_engine.host import disk
 from moe_engine.parallel.mesh import Axis
 from tools.faults.arena import Arena, Fault, Injections
 from tools.faults.ranks import run_of, train_to_the_end

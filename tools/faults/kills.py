@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_engine.checkpoint import disk
 from moe_engine.checkpoint.folders import steps_in
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.reader import Reader, choose
 from moe_engine.checkpoint.saver import Saver, Shard
 from moe_engine.config import Run
 from moe_engine.errors import EngineError
+from moe_engine.host import disk
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Axis, build_mesh
 from tools.faults.arena import Arena, Fault, Injections

@@ -20,7 +20,7 @@ import numpy as np
 
 from moe_engine.errors import DataError, EngineError
 from moe_engine.log import printable
-from moe_engine.prepare.pipeline import BAD_ROWS, Options, prepare
+from moe_engine.prepare.pipeline import BAD_ROWS, PrepareOptions, prepare
 from moe_engine.prepare.tokenizer.byte_files import END
 from tools.faults.arena import Arena, Injections
 
@@ -89,7 +89,7 @@ def refusal(action: Callable[..., object], *args: Any, **options: Any) -> Engine
 def make(path: Path, out: Path, **options: Any) -> dict[str, Any]:
     """Prepared data of one file, as domain d; what it prints is kept from the console."""
     with contextlib.redirect_stderr(io.StringIO()):
-        return prepare({"d": [path]}, out, None, Options(**options), workers=1, quiet=True)
+        return prepare({"d": [path]}, out, None, PrepareOptions(**options), workers=1, quiet=True)
 
 
 def bad_rows(arena: Arena, count: int) -> Injections:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_engine.checkpoint.hf.export import open_checkpoint
 from moe_engine.checkpoint.hf.families import TABLES
 from moe_engine.checkpoint.hf.folder import HfFolder
-from moe_engine.checkpoint.hf.read import identity_of
+from moe_engine.checkpoint.hf.to_checkpoint import identity_of
 from moe_engine.checkpoint.hf.write import Target, cut, write_hf
 from moe_engine.checkpoint.pieces import Box, Piece, volume
 from moe_engine.checkpoint.shard import Entry

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from moe_engine.config_files import read_mapping
-from moe_engine.data.loader import IGNORED, Batch
+from moe_engine.data.loader import Batch
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.labels import IGNORE
 from moe_engine.prepare.files import list_files
-from moe_engine.prepare.formats import BadRow, documents, read_pieces
+from moe_engine.prepare.formats import BadRow, documents, read_chunks
 from moe_engine.prepare.pipeline import stdlib_sources
 from moe_engine.prepare.tokenizer.load import Tokenizer, load_tokenizer
 from moe_engine.upcycle import SCORED
@@ -116,7 +117,7 @@ def texts(files: Sequence[str]) -> Iterator[str]:
     except (ConfigError, DataError) as error:
         raise type(error)(f"--text {error}") from None
     for path in paths:
-        for piece in read_pieces(path):
+        for piece in read_chunks(path):
             if isinstance(piece, BadRow):
                 raise DataError(f"--text {piece}")
             for document in documents(piece):
@@ -128,6 +129,6 @@ def texts(files: Sequence[str]) -> Iterator[str]:
 def batches(tokens_BS: Tensor, size: int) -> Iterator[Batch]:
     """`size` sequences at a time, all of domain 0; the last token of each has no label."""
     for tokens in tokens_BS.split(size):
-        labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORED)], dim=1)
+        labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)], dim=1)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         yield Batch(tokens, labels, positions, torch.zeros(len(tokens), dtype=torch.int64))

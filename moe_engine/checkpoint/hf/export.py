@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_engine.checkpoint.folders import folder_of, steps_in
-from moe_engine.checkpoint.hf.carried import carried_config, of_checkpoint
 from moe_engine.checkpoint.hf.families import TABLES
+from moe_engine.checkpoint.hf.side_files import carried_config, of_checkpoint
 from moe_engine.checkpoint.hf.tokenizer_files import as_trained
 from moe_engine.checkpoint.hf.write import Target, refuse_biases, write_hf
 from moe_engine.checkpoint.manifest import NAME, problems_of

@@ -74,7 +74,7 @@ class HfFolder(Source):
         if self.model.num_hidden_layers > len(self.files):
             raise DataError(f"{folder}: num_hidden_layers {self.model.num_hidden_layers} of {len(self.files)} tensors")
         shapes = weight_shapes(self.model)
-        self.layout, self.places = layout_of(TABLES[self.family], shapes, self.files)
+        self.layout, self.places = matching_layout(TABLES[self.family], shapes, self.files)
         if self.model.tie_word_embeddings and EMBEDDING not in self.files and HEAD in self.files:
             # one tensor under either name, as in transformers
             self.places = {HEAD if name == EMBEDDING else name: place for name, place in self.places.items()}
@@ -188,7 +188,7 @@ def header_of(path: Path) -> dict[str, Entry]:
     return out
 
 
-def layout_of(
+def matching_layout(
     table: Table, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, Any]
 ) -> tuple[str, dict[str, Place]]:
     """The layout in which a folder's tensors are written: of those that the family has, the one they fit best."""

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_engine.checkpoint import disk
 from moe_engine.checkpoint.finite import nonfinite
-from moe_engine.checkpoint.hf.carried import carried_config
 from moe_engine.checkpoint.hf.contents import CONFIG, INDEX, SINGLE
 from moe_engine.checkpoint.hf.families import TABLES
+from moe_engine.checkpoint.hf.side_files import carried_config
 from moe_engine.checkpoint.hf.table import Place, places
 from moe_engine.checkpoint.partial import Partial
 from moe_engine.checkpoint.shard import Digest, Entry, stream_shard
@@ -35,6 +34,7 @@ from moe_engine.config import Model
 from moe_engine.config_hf import FAMILIES, both_readers_agree, came_as, model_from_hf, model_to_hf
 from moe_engine.config_hf.spelling import dtype_of
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.host import disk
 
 SHARD_BYTES = 5 * 10**9  # as transformers
 

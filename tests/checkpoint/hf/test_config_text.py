@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_engine.checkpoint.hf.export import ExportOptions, target_of
-from moe_engine.checkpoint.hf.first import changes_of
+from moe_engine.checkpoint.hf.first_weights import changes_of
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.write import Target, config_text
 from moe_engine.checkpoint.shard import Entry

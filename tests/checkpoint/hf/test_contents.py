@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_engine.checkpoint.hf.carried import of_checkpoint
 from moe_engine.checkpoint.hf.contents import contents_of
 from moe_engine.checkpoint.hf.folder import HfFolder
+from moe_engine.checkpoint.hf.side_files import of_checkpoint
 from moe_engine.checkpoint.manifest import file_in
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.weights_only import write_weights

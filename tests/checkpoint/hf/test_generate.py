@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
-from moe_engine.checkpoint.hf.read import read_hf
+from moe_engine.checkpoint.hf.to_checkpoint import import_folder
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.config import Model
 from moe_engine.model.transformer import Transformer
@@ -43,7 +43,7 @@ def greedy(decoder: Transformer, prompt_BS: Tensor) -> Tensor:
 )
 def test_generates_the_same_tokens(family: str, options: ExportOptions, tmp_path: Path) -> None:
     original = theirs(family, rope_parameters=LLAMA3)
-    read_hf(HfFolder(save(original, tmp_path / "hf", side=False)), tmp_path / "checkpoint")
+    import_folder(HfFolder(save(original, tmp_path / "hf", side=False)), tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", options)
     reader = Reader(tmp_path / "checkpoint")
     model = Model.model_validate(reader.manifest["run"]["model"])

@@ -13,7 +13,7 @@ import pytest
 
 from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
-from moe_engine.checkpoint.hf.read import read_hf
+from moe_engine.checkpoint.hf.to_checkpoint import import_folder
 from moe_engine.config import Model, RopeScaling
 from moe_engine.config_files import preset_names, read_model
 from moe_engine.config_hf import family_of, model_and_notes, model_from_hf, model_to_hf
@@ -114,7 +114,7 @@ def test_case_02a_a_llama_of_transformers_5_upcycled_and_exported(tmp_path: Path
     assert "rope_theta" not in json.loads((hf / "config.json").read_text())
     flags = ["--method", "copy", "--experts", "4", "--receipt-tokens", "0", "--out"]
     assert upcycle(["--hf", str(hf), *flags, str(tmp_path / "up")]) == 0
-    read_hf(HfFolder(tmp_path / "up"), tmp_path / "checkpoint")
+    import_folder(HfFolder(tmp_path / "up"), tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "five", ExportOptions(version=5))
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "four", ExportOptions(version=4))
     configs = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("up", "four", "five")}

@@ -9,7 +9,7 @@ import torch
 
 from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
-from moe_engine.checkpoint.hf.read import read_hf
+from moe_engine.checkpoint.hf.to_checkpoint import import_folder
 from moe_engine.checkpoint.pieces import Box, Piece
 from moe_engine.checkpoint.weights_only import write_weights
 from moe_engine.config import Model
@@ -86,7 +86,7 @@ def test_names_shapes_and_bits(case: str, tmp_path: Path) -> None:
     for key in ("moe_layers", "shared_intermediate_size", "routed_scaling_factor", "attention_scaling_factor"):
         same = getattr(again.model, key) == getattr(model, key)
         assert same or (key.startswith("attention") and not model.num_attention_experts), key
-    read_hf(again, tmp_path / "again")
+    import_folder(again, tmp_path / "again")
     export_checkpoint(tmp_path / "again", tmp_path / "twice", ExportOptions())
     same_tensors(tmp_path / "twice", tmp_path / "hf")
     assert (tmp_path / "twice" / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()

@@ -10,7 +10,7 @@ import torch
 
 from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
-from moe_engine.checkpoint.hf.read import read_hf
+from moe_engine.checkpoint.hf.to_checkpoint import import_folder
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
@@ -42,7 +42,7 @@ def test_there_and_back(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     hf = save(theirs(family, **changes).to(dtype), tmp_path / "hf", fused=fused)
     folder = HfFolder(hf)
     assert len(set(folder.files.values())) > 1, "several shards"
-    read = read_hf(folder, tmp_path / "checkpoint")
+    read = import_folder(folder, tmp_path / "checkpoint")
     target, written = export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", ExportOptions())
     same_tensors(tmp_path / "out", hf)
     assert written.tensors == read.tensors and written.bytes == read.bytes
@@ -56,7 +56,7 @@ def test_other_layout_and_shards_are_those_of_transformers(family: str, tmp_path
     model = theirs(family)
     one, fused = save(model, tmp_path / "one"), save(model, tmp_path / "fused", fused=True)
     for name, source, goal, layout in (("a", one, fused, "fused"), ("b", fused, one, "per-expert")):
-        read_hf(HfFolder(source), tmp_path / f"{name}-checkpoint")
+        import_folder(HfFolder(source), tmp_path / f"{name}-checkpoint")
         options = ExportOptions(layout=layout, shard_gb=2e-5)
         export_checkpoint(tmp_path / f"{name}-checkpoint", tmp_path / name, options)
         same_tensors(tmp_path / name, goal)
@@ -75,7 +75,7 @@ def test_total_size_of_the_golden_mixtral(tmp_path: Path) -> None:
     model = theirs(
         "mixtral", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2
     ).to(torch.bfloat16)  # fmt: skip
-    read_hf(HfFolder(save(model, tmp_path / "hf")), tmp_path / "checkpoint")
+    import_folder(HfFolder(save(model, tmp_path / "hf")), tmp_path / "checkpoint")
     _, written = export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", ExportOptions(shard_gb=4e-5))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == written.bytes == 99_136
@@ -109,7 +109,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         model = theirs(family, **changes)
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # pyright: ignore
-        read_hf(HfFolder(save(model, folder / "hf", fused=fused)), folder / "checkpoint")
+        import_folder(HfFolder(save(model, folder / "hf", fused=fused)), folder / "checkpoint")
         tokens = torch.randint(96, (2, 48), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             torch.save(model(tokens).logits, folder / "logits.pt")
@@ -140,7 +140,7 @@ def test_a_rope_that_is_dropped_would_be_seen(saved: dict[str, str]) -> None:
 @pytest.mark.parametrize("version", [4, 5])
 def test_config_in_both_spellings(version: int, tmp_path: Path) -> None:
     model = theirs("mixtral", rope_parameters=LLAMA3)
-    read_hf(HfFolder(save(model, tmp_path / "hf")), tmp_path / "checkpoint")
+    import_folder(HfFolder(save(model, tmp_path / "hf")), tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", ExportOptions(version=version))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     old, new = {"torch_dtype", "rope_theta", "rope_scaling"}, {"dtype", "rope_parameters"}
@@ -161,12 +161,12 @@ class Interrupted(Exception):
 def test_an_interrupted_conversion_goes_on(direction: str, tmp_path: Path) -> None:
     hf = save(theirs("mixtral"), tmp_path / "hf")
     if direction == "export":
-        read_hf(HfFolder(hf), tmp_path / "checkpoint")
+        import_folder(HfFolder(hf), tmp_path / "checkpoint")
     out = tmp_path / "out"
 
     def convert(progress: Any) -> None:
         if direction == "import":
-            read_hf(HfFolder(hf), out, progress)
+            import_folder(HfFolder(hf), out, progress)
         else:
             export_checkpoint(tmp_path / "checkpoint", out, ExportOptions(shard_gb=3e-5), progress)
 

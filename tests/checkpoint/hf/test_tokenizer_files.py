@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_engine.checkpoint.hf.carried import keep_for_run
 from moe_engine.checkpoint.hf.contents import contents_of
+from moe_engine.checkpoint.hf.side_files import keep_for_run
 from moe_engine.checkpoint.hf.tokenizer_files import as_trained, with_tokenizer
 from moe_engine.prepare.tokenizer import byte_files
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_engine.checkpoint import disk
 from moe_engine.checkpoint.hf.contents import CONFIG, SideFiles, contents_of, is_weights
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.tokenizer_files import with_tokenizer
@@ -18,6 +17,7 @@ from moe_engine.checkpoint.shard import SUFFIX
 from moe_engine.config_hf.spelling import dtype_of
 from moe_engine.config_report import shown
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.host import disk
 
 OF_A_RUN = "hf"  # the folder of a run that holds them
 

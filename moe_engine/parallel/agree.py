@@ -10,7 +10,7 @@ from moe_engine.parallel.mesh import Axis
 KINDS: dict[str, type[EngineError]] = {kind.__name__: kind for kind in (ConfigError, DataError, StorageError)}
 
 
-def together(act: Callable[[], None], world: Axis, everywhere: bool = True) -> None:
+def act_together(act: Callable[[], None], world: Axis, everywhere: bool = True) -> None:
     """Run `act` on every rank, or on rank 0 alone; the error of the first rank that has one is raised on all.
 
     What the system refuses becomes a StorageError, any other exception an EngineError. Collective.

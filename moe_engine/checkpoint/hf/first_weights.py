@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from moe_engine.checkpoint.agreement import together
 from moe_engine.checkpoint.finite import nonfinite, refusal
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.manifest import NAME
@@ -15,6 +14,7 @@ from moe_engine.checkpoint.source import Source
 from moe_engine.config import Model
 from moe_engine.config_hf import differences
 from moe_engine.errors import ConfigError
+from moe_engine.parallel.agree import act_together
 from moe_engine.parallel.collectives import gather_bytes
 from moe_engine.parallel.mesh import Axis
 
@@ -57,7 +57,7 @@ def check_finite(source: HfFolder | Reader, found: list[str], world: Axis) -> No
         raise refusal(source, count_in(source, sorted(names)), REMEDY)
 
     if names and not let_in(source):
-        together(refuse, world, everywhere=False)
+        act_together(refuse, world, everywhere=False)
 
 
 def let_in(source: HfFolder | Reader) -> dict[str, str]:

@@ -20,7 +20,7 @@ def identity_of(folder: HfFolder) -> dict[str, Any]:
     return {"config": folder.config, "files": {n: [s.st_size, s.st_mtime_ns] for n, s in sorted(files.items())}}
 
 
-def read_hf(
+def import_folder(
     folder: HfFolder,
     out: Path,
     progress: Progress = lambda n: None,
