@@ -40,7 +40,7 @@ verify: $(READY) ## train every layout of up to 8 ranks against one process (lon
 	$(BIN)/python tools/verify_layout.py
 
 faults: $(READY) ## kill, signal and damage real runs, and count what is lost (minutes; TIER=nightly: an hour or more)
-	$(BIN)/python tools/fault_battery.py --tier $(or $(TIER),ci)
+	$(BIN)/python -m tests.faults --tier $(or $(TIER),ci)
 
 sanitize: $(READY) ## the C++ kernels under the address, undefined and thread sanitizers (minutes)
 	$(BIN)/python tools/kernels/sanitize.py

@@ -73,8 +73,9 @@ def torchrun_flags() -> set[str]:
 
 @cache
 def known_flags() -> set[str]:
-    """The flags of the launcher, of every tool and of torchrun."""
-    pages = [build_parser().format_help(), *(help_of(f"tools/{path.name}") for path in (ROOT / "tools").glob("*.py"))]
+    """The flags of the launcher, of every tool, of the fault battery and of torchrun."""
+    programs = ["tests/faults/__main__.py", *(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py"))]
+    pages = [build_parser().format_help(), *map(help_of, programs)]
     return FOREIGN_FLAGS | torchrun_flags() | {flag for page in pages for flag in re.findall(r"--[a-z][\w-]*", page)}
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe_engine.host.console import failed, run_program
-from tools.upcycling.flags import add_options, child_of, idle, options_of, parents_of
+from moe_engine.upcycle.flags import add_options, child_of, idle, options_of, parents_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,10 +73,10 @@ def upcycle(given: argparse.Namespace) -> int:
     warn([line for parent in parents for line in parent.notes])
     child = child_of(given.method, parents[0].model, options)
 
-    from tools.upcycling.observe import observe, rows_of
-    from tools.upcycling.result import compare, expected_of, hf_target, write
-    from tools.upcycling.source import Upcycled
-    from tools.upcycling.text import read_text
+    from moe_engine.upcycle.observe import observe, rows_of
+    from moe_engine.upcycle.result import compare, expected_of, hf_target, write
+    from moe_engine.upcycle.source import Upcycled
+    from moe_engine.upcycle.text import read_text
 
     target = hf_target(given, child, parents[0]) if given.format == "hf" else None
     text = read_text(given, rows_of(options, given.method), child.vocab_size)

@@ -1,4 +1,4 @@
-"""Every published way of making a Mixture-of-Experts from a dense Llama: METHODS, name -> module.
+"""Every published way of making a Mixture-of-Experts from a dense Llama: methods.py, name -> module.
 
     copy  half  drop  virtual  mix                        experts as wide as the dense layer, or shards of copies
     random  clustering  gradient  llama_moe_v2            the dense neurons partitioned
@@ -9,39 +9,8 @@ layer; and `expected(options)`, what theory says of the result. SCORED methods t
 argument (`importance.py`; llama_moe_v2 optionally), `mix` the other dense layers. `attention.py` splits attention and
 goes with any of them. Routers come from `routers.py` and `prompts.py`, `transplant.py` puts the parts into a model and
 `receipt.py` compares it with its parent. Tensors keep their dtype; what is drawn depends on (seed, layer, expert).
+
+The work, which tools/upcycle.py runs: `flags.py` (what may be asked for), `text.py` (what is read), `observe.py`
+(router rows and importances, by the dense model of `decoder.py`), `source.py` (the child as a source of weights),
+`result.py` (what is written, and its receipt).
 """
-
-from moe_engine.upcycle import (
-    clustering,
-    copy,
-    drop,
-    gradient,
-    half,
-    llama_moe_v2,
-    mix,
-    random,
-    residual,
-    sharing_inner,
-    sharing_inter,
-    virtual,
-)
-from moe_engine.upcycle.layer import Dense, Routed
-from moe_engine.upcycle.options import Options
-
-__all__ = ["METHODS", "SCORED", "Dense", "Options", "Routed"]
-
-METHODS = {
-    "copy": copy,
-    "half": half,
-    "random": random,
-    "clustering": clustering,
-    "gradient": gradient,
-    "sharing_inner": sharing_inner,
-    "sharing_inter": sharing_inter,
-    "residual": residual,
-    "llama_moe_v2": llama_moe_v2,
-    "drop": drop,
-    "virtual": virtual,
-    "mix": mix,
-}
-SCORED = ("gradient", "sharing_inner", "sharing_inter", "residual")

@@ -12,6 +12,9 @@ from pydantic import ValidationError
 from moe_engine.config import Model, divisors
 from moe_engine.errors import ConfigError
 
+# router_init that is taken from text, and from prompts
+OF_FEATURES, OF_PROMPTS = ("clusters", "random_features"), ("hidden", "hidden_avg", "cheap_embed")
+
 
 @dataclass(frozen=True)
 class Options:

@@ -17,8 +17,8 @@ from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.train.loop import fit
 from tests.checkpoint.small import ALONE
+from tests.faults.arena import make_corpus
 from tests.train.small import begin_of, loop_run, relative, session_of, transformer_of
-from tools.faults.arena import make_corpus
 
 BIASED = {"vocab_size": 264, "expert_bias_update_rate": 0.01}
 Layout = tuple[int, int, int]

@@ -13,8 +13,8 @@ from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.loop import fit
 from tests.checkpoint.hf.small import save, tensors_of, theirs
+from tests.faults.arena import make_corpus
 from tests.train.small import loop_run, session_of
-from tools.faults.arena import make_corpus
 from tools.inspect_checkpoint import main
 
 

@@ -12,12 +12,13 @@ from moe_engine.checkpoint.hf.export import open_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
-from moe_engine.upcycle import METHODS, SCORED, Options
+from moe_engine.upcycle.flags import COPIES, OPTIONS, PARTITIONS
+from moe_engine.upcycle.methods import METHODS, SCORED
+from moe_engine.upcycle.options import OF_FEATURES, OF_PROMPTS, Options
 from moe_engine.upcycle.routers import DRAWN
+from moe_engine.upcycle.source import Upcycled, dense_of
 from tests.checkpoint.hf.small import ours, save, tensors_of, theirs, transformers
 from tests.tools.upcycling import SIZES, make_home, run
-from tools.upcycling.flags import COPIES, OF_FEATURES, OF_PROMPTS, OPTIONS, PARTITIONS
-from tools.upcycling.source import Upcycled, dense_of
 
 DRAWN_TOO = ["normal", *DRAWN]
 TOKENS = torch.randint(300, (3, 21), generator=torch.Generator().manual_seed(5))
@@ -342,7 +343,7 @@ def test_flags_without_effect_are_named(home: Path, tmp_path: Path, capsys: pyte
 
 def test_nothing_runs_that_is_not_asked_for(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a receipt, copying needs neither tokenizer nor text nor the dense model."""
-    monkeypatch.setattr("tools.upcycling.decoder.Transformer", None)
+    monkeypatch.setattr("moe_engine.upcycle.decoder.Transformer", None)
     more = ["--receipt-tokens", 0, "--tokenizer", home / "none", "--text", home / "none"]
     assert run(home, "copy", tmp_path / "out", *more) == 0
 

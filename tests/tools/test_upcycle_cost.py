@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from moe_engine.checkpoint.hf.folder import HfFolder
+from moe_engine.upcycle.decoder import load, streamed
 from tests.checkpoint.hf.small import theirs
 from tests.tools.upcycling import make_home, run
-from tools.upcycling.decoder import load, streamed
 
 ROOT = Path(__file__).parents[2]
 MEASURED = """

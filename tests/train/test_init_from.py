@@ -26,8 +26,8 @@ from moe_engine.plan.out_folder import check_out_folder
 from moe_engine.plan.start import weight_warnings
 from moe_engine.train.loop import fit
 from tests.checkpoint.hf.small import save, tensors_of, theirs, transformers
+from tests.faults.arena import make_corpus
 from tests.train.small import begin_of, loop_run, part_of, session_of
-from tools.faults.arena import make_corpus
 
 Layout = tuple[int, int, int]
 LAYER, MOE = "model.layers.{}.", "model.layers.{}.block_sparse_moe."

@@ -15,8 +15,8 @@ from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.loop import fit
 from moe_engine.train.schedule import learning_rate
+from tests.faults.arena import make_corpus
 from tests.train.small import SEQUENCES, loop_run, parameters_of, relative, session_of
-from tools.faults.arena import make_corpus
 
 FIELDS = {
     *(

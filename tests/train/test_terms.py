@@ -14,6 +14,7 @@ from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.train.loop import fit
 from moe_engine.train.step import accumulate
 from moe_engine.train.terms import LanguageModelLoss, Measure, Term, pretraining_terms
+from tests.faults.arena import make_corpus
 from tests.train.small import (
     engine_of,
     global_batch,
@@ -25,7 +26,6 @@ from tests.train.small import (
     session_of,
     transformer_of,
 )
-from tools.faults.arena import make_corpus
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-term.md"
 

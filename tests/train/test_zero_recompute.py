@@ -11,8 +11,8 @@ from moe_engine.log import read_rows
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.loop import fit
+from tests.faults.arena import make_corpus
 from tests.train.small import loop_run, session_of
-from tools.faults.arena import make_corpus
 
 # experts of more than 100,000 elements: smaller weights stay gathered under ZeRO 3
 MODEL = {

@@ -9,7 +9,9 @@ from moe_engine.config import Model, RopeScaling
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise
-from moe_engine.upcycle import METHODS, Dense, Options, Routed
+from moe_engine.upcycle.layer import Dense, Routed
+from moe_engine.upcycle.methods import METHODS
+from moe_engine.upcycle.options import Options
 from moe_engine.upcycle.routers import drawn
 from moe_engine.upcycle.transplant import dense_layer, routed_weights, transplant
 

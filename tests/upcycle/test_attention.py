@@ -8,8 +8,10 @@ from moe_engine.config import Model
 from moe_engine.errors import ConfigError
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
-from moe_engine.upcycle import METHODS, Options, attention
+from moe_engine.upcycle import attention
 from moe_engine.upcycle.attention import AttentionExperts
+from moe_engine.upcycle.methods import METHODS
+from moe_engine.upcycle.options import Options
 from moe_engine.upcycle.receipt import receipt
 from moe_engine.upcycle.transplant import attention_weights, dense_layer, routed_weights, transplant
 from tests.upcycle.small import DENSE, dense_model, tokens

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from moe_engine.errors import ConfigError
-from moe_engine.upcycle import METHODS, Dense, Options, copy, drop, half, mix
+from moe_engine.upcycle import copy, drop, half, mix
+from moe_engine.upcycle.layer import Dense
+from moe_engine.upcycle.methods import METHODS
+from moe_engine.upcycle.options import Options
 from moe_engine.upcycle.receipt import receipt
 from moe_engine.upcycle.transplant import dense_layer, routed_weights, transplant
 from tests.upcycle.small import DENSE, dense_model, expert, random_dense, tokens, upcycle

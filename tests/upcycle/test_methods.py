@@ -5,9 +5,10 @@ import torch
 
 from moe_engine.config import Model
 from moe_engine.errors import ConfigError
-from moe_engine.upcycle import METHODS, SCORED, Dense, Options, Routed
 from moe_engine.upcycle.expected import Expected
-from moe_engine.upcycle.options import changed
+from moe_engine.upcycle.layer import Dense, Routed
+from moe_engine.upcycle.methods import METHODS, SCORED
+from moe_engine.upcycle.options import Options, changed
 from moe_engine.upcycle.receipt import receipt
 from moe_engine.upcycle.transplant import dense_layer, routed_weights, transplant
 from tests.upcycle.small import DENSE, dense_model, random_dense, scores, tokens, upcycle

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from moe_engine.errors import ConfigError
-from moe_engine.upcycle import METHODS, Options, clustering, gradient, llama_moe_v2
+from moe_engine.upcycle import clustering, gradient, llama_moe_v2
+from moe_engine.upcycle.methods import METHODS
 from moe_engine.upcycle.neurons import greedy
+from moe_engine.upcycle.options import Options
 from moe_engine.upcycle.receipt import receipt
 from tests.upcycle.small import (
     DENSE,

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from moe_engine.errors import ConfigError, DataError
-from moe_engine.upcycle import METHODS, Options, sharing_inner, sharing_inter
+from moe_engine.upcycle import sharing_inner, sharing_inter
+from moe_engine.upcycle.methods import METHODS
 from moe_engine.upcycle.neurons import shared_pool, top
+from moe_engine.upcycle.options import Options
 from moe_engine.upcycle.receipt import receipt
 from tests.upcycle.small import (
     DENSE,

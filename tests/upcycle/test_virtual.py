@@ -7,7 +7,9 @@ from moe_engine.config import Model
 from moe_engine.errors import ConfigError
 from moe_engine.model.moe import MoE
 from moe_engine.parallel.mesh import Mesh
-from moe_engine.upcycle import Dense, Options, virtual
+from moe_engine.upcycle import virtual
+from moe_engine.upcycle.layer import Dense
+from moe_engine.upcycle.options import Options
 from moe_engine.upcycle.receipt import receipt
 from moe_engine.upcycle.routers import drawn
 from tests.upcycle.small import DENSE, dense_model, expert, random_dense, relative, swiglu_ffn, tokens, upcycle

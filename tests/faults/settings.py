@@ -26,9 +26,9 @@ from moe_engine.train.asked import Asked
 from moe_engine.train.begin import begin
 from moe_engine.train.saving import Saving
 from moe_engine.train.session import Session, build
-from tools.faults.arena import Arena, Fault, Injections
-from tools.faults.numbers import Listener, on_ranks
-from tools.faults.ranks import run_of
+from tests.faults.arena import Arena, Fault, Injections
+from tests.faults.numbers import Listener, on_ranks
+from tests.faults.ranks import run_of
 
 SECONDS = 2.0  # within which a layout is refused
 

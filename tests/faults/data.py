@@ -26,8 +26,8 @@ from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.plan.tokenizers import check_tokenizers
 from moe_engine.prepare.tokenizer.load import load_tokenizer
-from tools.faults.arena import Arena, Fault, Injections
-from tools.faults.rows import bad_rows, in_folder, long_lines, make, odd_files, refusal, tried
+from tests.faults.arena import Arena, Fault, Injections
+from tests.faults.rows import bad_rows, in_folder, long_lines, make, odd_files, refusal, tried
 
 SECONDS = 2.0  # within which a run that cannot begin says so
 LENGTH = 64
@@ -51,7 +51,7 @@ def blanked(arena: Arena, ranks: int, accumulation: int, all_blank: bool, zero: 
     from moe_engine.train.evaluation import evaluate
     from moe_engine.train.session import make_engine
     from moe_engine.train.terms import pretraining_terms
-    from tools.faults.ranks import run_of, train_step
+    from tests.faults.ranks import run_of, train_step
 
     micro_batch = 4 // accumulation
     train = {"accumulation": accumulation, "micro_batch": micro_batch, "global_batch": micro_batch * 2}

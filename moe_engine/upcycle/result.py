@@ -20,13 +20,15 @@ from moe_engine.config import Model
 from moe_engine.config_hf import family_of, model_to_hf
 from moe_engine.config_report import problem_lines
 from moe_engine.errors import ConfigError
-from moe_engine.upcycle import METHODS, Options, attention
+from moe_engine.upcycle import attention
+from moe_engine.upcycle.decoder import streamed
 from moe_engine.upcycle.expected import Expected
+from moe_engine.upcycle.methods import METHODS
+from moe_engine.upcycle.options import Options
 from moe_engine.upcycle.receipt import receipt
-from tools.upcycling.decoder import streamed
-from tools.upcycling.source import Upcycled
-from tools.upcycling.stages import stage
-from tools.upcycling.text import Text
+from moe_engine.upcycle.source import Upcycled
+from moe_engine.upcycle.stages import stage
+from moe_engine.upcycle.text import Text
 
 BROKEN_PROMISE = 1
 

@@ -22,7 +22,7 @@ from moe_engine.errors import DataError, EngineError
 from moe_engine.log import printable
 from moe_engine.prepare.pipeline import BAD_ROWS, PrepareOptions, prepare
 from moe_engine.prepare.tokenizer.byte_files import END
-from tools.faults.arena import Arena, Injections
+from tests.faults.arena import Arena, Injections
 
 DEFECTS: dict[str, bytes] = {
     "open string": b'{"text": "a',

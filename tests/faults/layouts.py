@@ -17,8 +17,8 @@ from moe_engine.errors import EngineError
 from moe_engine.log import read_rows
 from moe_engine.train.session import Session
 from moe_engine.train.state import load_state, save_state
-from tools.faults.arena import Arena, Fault, Injections
-from tools.faults.ranks import Layout, Ranks, last_words, run_of, train_to_the_end
+from tests.faults.arena import Arena, Fault, Injections
+from tests.faults.ranks import Layout, Ranks, last_words, run_of, train_to_the_end
 
 STEPS = 3
 KINDS = ("master", "exp_avg", "exp_avg_sq")

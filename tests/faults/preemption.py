@@ -10,9 +10,9 @@ from moe_engine.checkpoint.folders import steps_in
 from moe_engine.config import Run
 from moe_engine.parallel.collectives import barrier
 from moe_engine.train.session import Session
-from tools.faults.arena import Arena, Fault, Injections
-from tools.faults.kills import LAYOUTS, go_on, in_a_save, launched
-from tools.faults.ranks import Before, Layout, Ranks, before_each_step, last_words, run_of, trace_of
+from tests.faults.arena import Arena, Fault, Injections
+from tests.faults.kills import LAYOUTS, go_on, in_a_save, launched
+from tests.faults.ranks import Before, Layout, Ranks, before_each_step, last_words, run_of, trace_of
 
 GRACE = 25.0  # seconds; torchrun and Slurm kill after 30
 

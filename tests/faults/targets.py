@@ -16,7 +16,7 @@ from moe_engine.checkpoint.shard import Hasher
 from moe_engine.data.loader import Loader, open_domains
 from moe_engine.data.shards import MANIFEST
 from moe_engine.parallel.mesh import Axis
-from tools.faults.rows import make
+from tests.faults.rows import make
 
 ALONE = Axis("world")
 SHARD = rank_file(0)

@@ -21,9 +21,9 @@ from moe_engine.prepare.files import list_files
 from moe_engine.prepare.formats import BadRow, documents, read_chunks
 from moe_engine.prepare.pipeline import stdlib_sources
 from moe_engine.prepare.tokenizer.load import Tokenizer, load_tokenizer
-from moe_engine.upcycle import SCORED
+from moe_engine.upcycle.methods import SCORED
+from moe_engine.upcycle.options import OF_FEATURES, OF_PROMPTS
 from moe_engine.upcycle.prompts import ExpertPrompts
-from tools.upcycling.flags import OF_FEATURES, OF_PROMPTS
 
 
 class Text(NamedTuple):

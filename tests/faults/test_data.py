@@ -17,11 +17,11 @@ from moe_engine.plan import tokenizers
 from moe_engine.prepare import formats, pipeline
 from moe_engine.prepare.formats import BadRow
 from moe_engine.train import step
+from tests.faults import headers, hostile
+from tests.faults.arena import Arena
+from tests.faults.data import DATA
+from tests.faults.hostile import HOSTILE, payloads
 from tools import prepare_data
-from tools.faults import headers, hostile
-from tools.faults.arena import Arena
-from tools.faults.data import DATA
-from tools.faults.hostile import HOSTILE, payloads
 
 FAULTS = DATA | HOSTILE
 COUNTS = {"F1": 20, "F2": 42, "F2-long": 1, "F3": 2, "F5": 3, "G3": 200}  # the others whole

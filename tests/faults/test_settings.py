@@ -15,10 +15,10 @@ from moe_engine.model.moe import Router
 from moe_engine.train import step
 from moe_engine.train.engine import StepOutcome
 from moe_engine.train.zero import ZeroEngine
-from tools.faults import numbers
-from tools.faults.arena import Arena
-from tools.faults.numbers import NUMBERS
-from tools.faults.settings import SETTINGS, dealt, faults_of, misspelt, random_wish, remedies_of
+from tests.faults import numbers
+from tests.faults.arena import Arena
+from tests.faults.numbers import NUMBERS
+from tests.faults.settings import SETTINGS, dealt, faults_of, misspelt, random_wish, remedies_of
 
 FAULTS = SETTINGS | NUMBERS
 Failures = Callable[[str, int], list[str]]

@@ -16,15 +16,16 @@ from moe_engine.data.loader import Batch
 from moe_engine.errors import DataError
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.weight import key_of
-from moe_engine.upcycle import SCORED, Options, routers, virtual
+from moe_engine.upcycle import routers, virtual
+from moe_engine.upcycle.decoder import load, streamed
 from moe_engine.upcycle.features import mlp_inputs
 from moe_engine.upcycle.importance import importance_of_clusters, neuron_importance
+from moe_engine.upcycle.methods import SCORED
+from moe_engine.upcycle.options import OF_FEATURES, OF_PROMPTS, Options
 from moe_engine.upcycle.prompts import prompt_rows
-from tools.upcycling.decoder import load, streamed
-from tools.upcycling.flags import OF_FEATURES, OF_PROMPTS
-from tools.upcycling.source import RouterRows
-from tools.upcycling.stages import stage
-from tools.upcycling.text import Text, batches
+from moe_engine.upcycle.source import RouterRows
+from moe_engine.upcycle.stages import stage
+from moe_engine.upcycle.text import Text, batches
 
 TOKENS_AT_ONCE = 1024  # whose activations of all layers are held for the gradients
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_engine.log import Logger
-from tools.faults.arena import Arena, Injections
-from tools.faults.rows import in_folder
-from tools.faults.targets import resealed, small_checkpoint
+from tests.faults.arena import Arena, Injections
+from tests.faults.rows import in_folder
+from tests.faults.targets import resealed, small_checkpoint
 
 FORGED = "FORGED: all is well"
 EVIL = f"\x1b[2J\x1b]0;x\x07\r\n{FORGED}\u202e\u2028\x9b"

@@ -9,9 +9,9 @@ from moe_engine.checkpoint.folders import steps_in
 from moe_engine.errors import EngineError
 from moe_engine.log import read_rows
 from moe_engine.train.session import Session
-from tools.faults.arena import Arena, Fault, Injections
-from tools.faults.kills import after_a_kill, go_on
-from tools.faults.ranks import Before, Layout, Ranks, before_each_step, last_words, run_of
+from tests.faults.arena import Arena, Fault, Injections
+from tests.faults.kills import after_a_kill, go_on
+from tests.faults.ranks import Before, Layout, Ranks, before_each_step, last_words, run_of
 
 LAYOUT: Layout = (1, 2, 1)
 KEEP, SAVE_EVERY, PER_KILL = 3, 20, 100

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_engine.errors import ConfigError, EngineError
+from moe_engine.upcycle.options import OF_FEATURES, OF_PROMPTS
 
 if TYPE_CHECKING:
     from moe_engine.checkpoint.hf.folder import HfFolder
     from moe_engine.config import Model
-    from moe_engine.upcycle import Options
+    from moe_engine.upcycle.options import Options
 
-OF_FEATURES, OF_PROMPTS = ("clusters", "random_features"), ("hidden", "hidden_avg", "cheap_embed")
 COPIES = ("copy", "drop", "virtual", "mix")
 POOLED = ("sharing_inter", "residual")
 SHARING = ("sharing_inner", *POOLED)
@@ -74,7 +74,9 @@ def spelled(name: str) -> str:
 
 def options_of(given: argparse.Namespace) -> "Options":
     """The Options; ConfigError for what cannot work, whatever the parent is."""
-    from moe_engine.upcycle import METHODS, Options, routers
+    from moe_engine.upcycle import routers
+    from moe_engine.upcycle.methods import METHODS
+    from moe_engine.upcycle.options import Options
 
     if given.out.exists() or given.out.is_symlink():
         raise ConfigError(f"--out {given.out} exists; remove it or choose another name")
@@ -113,7 +115,7 @@ def options_of(given: argparse.Namespace) -> "Options":
 
 def idle(given: argparse.Namespace) -> Iterator[str]:
     """One line for each flag that changes nothing here."""
-    from moe_engine.upcycle import SCORED
+    from moe_engine.upcycle.methods import SCORED
 
     for name, flag in OPTIONS.items():
         if hasattr(given, name) and flag.methods and given.method not in flag.methods:
@@ -151,7 +153,8 @@ def parents_of(given: argparse.Namespace) -> "list[HfFolder]":
 
 def child_of(method: str, parent: "Model", options: "Options") -> "Model":
     """The model that comes of it; ConfigError for sizes that do not divide."""
-    from moe_engine.upcycle import METHODS, attention
+    from moe_engine.upcycle import attention
+    from moe_engine.upcycle.methods import METHODS
 
     with in_flags():
         child = METHODS[method].child(parent, options)
@@ -173,7 +176,7 @@ def in_flags() -> Iterator[None]:
 
 
 def _opened(flag: str, path: Path, allow_nonfinite: bool) -> "HfFolder":
-    from tools.upcycling.source import Parent
+    from moe_engine.upcycle.source import Parent
 
     try:
         folder = Parent(path, allow_nonfinite)

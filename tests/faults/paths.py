@@ -14,9 +14,9 @@ from moe_engine.config_cli import load
 from moe_engine.data.shards import MANIFEST
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.prepare.tokenizer.load import load_tokenizer
-from tools.faults.arena import Arena, Injections
-from tools.faults.rows import in_folder, make, refusal
-from tools.faults.targets import (
+from tests.faults.arena import Arena, Injections
+from tests.faults.rows import in_folder, make, refusal
+from tests.faults.targets import (
     ALONE,
     SHARD,
     entry_of,

@@ -30,8 +30,8 @@ from moe_engine.train.loop import MAX_SKIPPED, fit
 from moe_engine.train.session import build, make_engine
 from moe_engine.train.step import accumulate, finish
 from moe_engine.train.terms import pretraining_terms
-from tools.faults.arena import Arena, Fault, Injections
-from tools.faults.ranks import LENGTH, Layout, run_of
+from tests.faults.arena import Arena, Fault, Injections
+from tests.faults.ranks import LENGTH, Layout, run_of
 
 PATIENCE = 60.0  # seconds after which ranks that do not answer hang
 LIMIT = 1e-5  # relative error of a gradient, as for every layout

@@ -20,8 +20,8 @@ from moe_engine.checkpoint.saver import MANIFEST_BYTES, Saver, Shard
 from moe_engine.errors import EngineError, StorageError
 from moe_engine.host import disk
 from moe_engine.parallel.mesh import Axis
-from tools.faults.arena import Arena, Fault, Injections
-from tools.faults.ranks import run_of, train_to_the_end
+from tests.faults.arena import Arena, Fault, Injections
+from tests.faults.ranks import run_of, train_to_the_end
 
 ALONE = Axis("world")
 SHARD_BYTES = 4 << 20

@@ -9,9 +9,9 @@ from moe_engine.checkpoint import reader, saver
 from moe_engine.checkpoint.folders import prune, publish_step, steps_in
 from moe_engine.host.signals import Requests
 from moe_engine.train import state
-from tools.fault_battery import main
-from tools.faults.arena import Arena
-from tools.faults.battery import BATTERY
+from tests.faults.__main__ import main
+from tests.faults.arena import Arena
+from tests.faults.battery import BATTERY
 
 
 def failures(tmp_path: Path, name: str, count: int) -> list[str]:
@@ -76,5 +76,5 @@ def test_a_random_state_that_does_not_come_back(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 def test_a_signal_that_nobody_hears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Requests, "_stop", lambda *arguments: None)
-    monkeypatch.setattr("tools.faults.preemption.GRACE", 5.0)
+    monkeypatch.setattr("tests.faults.preemption.GRACE", 5.0)
     assert failures(tmp_path, "B2", 2)

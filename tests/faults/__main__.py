@@ -1,4 +1,4 @@
-"""Injects faults into real runs and counts what is lost: `python tools/fault_battery.py --tier ci`
+"""Injects faults into real runs and counts what is lost: `python -m tests.faults --tier ci`
 
 Ranks are killed, stopped and signalled, files are cut, flipped and swapped, disks fill, settings are mistyped, data and
 configuration turn hostile. A fault survives when the run goes on as if nothing had happened, to the last bit, or when
@@ -8,12 +8,9 @@ it is refused in one clear line. Prints a row for each id, then `injections N, f
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe_engine.host.console import run_program
 
@@ -29,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     os.environ.update(DS_ACCELERATOR="cpu", TORCHDYNAMO_DISABLE="1")  # forked ranks on gloo, with GPUs too
-    from tools.faults.arena import Arena
-    from tools.faults.battery import BATTERY
+    from tests.faults.arena import Arena
+    from tests.faults.battery import BATTERY
 
     wanted = options.only.split(",") if options.only else list(BATTERY)
     if unknown := [name for name in wanted if name not in BATTERY]:

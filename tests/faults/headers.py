@@ -14,8 +14,8 @@ from safetensors.torch import save
 
 from moe_engine.checkpoint.shard import MAX_HEADER, open_shard
 from moe_engine.errors import DataError
-from tools.faults.arena import Arena, Injections
-from tools.faults.rows import tried
+from tests.faults.arena import Arena, Injections
+from tests.faults.rows import tried
 
 SECONDS, MEMORY = 1.0, 200  # MB
 HUGE = (-1, 0, 1, 3, 1 << 31, 1 << 62, (1 << 64) - 1, 1 << 64, 10**400, 1.5, 1e300, "1", None, [], {}, True)

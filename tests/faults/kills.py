@@ -23,8 +23,8 @@ from moe_engine.errors import EngineError
 from moe_engine.host import disk
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Axis, build_mesh
-from tools.faults.arena import Arena, Fault, Injections
-from tools.faults.ranks import Before, Layout, Ranks, difference, losses_of, run_of, times_done, train_to_the_end
+from tests.faults.arena import Arena, Fault, Injections
+from tests.faults.ranks import Before, Layout, Ranks, difference, losses_of, run_of, times_done, train_to_the_end
 
 LAYOUTS: list[Layout] = [(1, 2, 1), (2, 2, 1), (1, 2, 2), (1, 4, 1), (1, 2, 1), (2, 2, 2)]
 DEADLINE = 20.0  # seconds in which the survivors of a kill have to end; a lost connection tells them at once, except

@@ -26,11 +26,11 @@ from moe_engine.data.shards import MANIFEST
 from moe_engine.errors import ConfigError
 from moe_engine.log import Logger, read_rows
 from moe_engine.prepare.tokenizer.load import load_tokenizer
-from tools.faults.arena import Arena, Fault, Injections
-from tools.faults.headers import headers
-from tools.faults.paths import paths
-from tools.faults.rows import in_folder, make, refusal
-from tools.faults.targets import (
+from tests.faults.arena import Arena, Fault, Injections
+from tests.faults.headers import headers
+from tests.faults.paths import paths
+from tests.faults.rows import in_folder, make, refusal
+from tests.faults.targets import (
     ALONE,
     SHARD,
     entry_of,
@@ -41,7 +41,7 @@ from tools.faults.targets import (
     small_data,
     within,
 )
-from tools.faults.terminal import evil_text
+from tests.faults.terminal import evil_text
 
 SECONDS, MEMORY = 2.0, 100  # MB
 YAML_BYTES = 100_000_000
