@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.ranks import ending, launched
 from launch.run import PRINTS, Launched, only_printed, running
 from moe_engine.config import Domain, Run
-from moe_engine.config_cli import build_parser, load
+from moe_engine.config.command_line import build_parser, load
 from moe_engine.host.console import run_program
 
 

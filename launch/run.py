@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from launch.ranks import hang, meet, start_ranks
 from moe_engine.config import Run
-from moe_engine.config_cli import Loaded, print_config
+from moe_engine.config.command_line import Loaded, print_config
 from moe_engine.host.files import make_writable
 from moe_engine.host.signals import Requests
 from moe_engine.log import Logger, printable

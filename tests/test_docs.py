@@ -8,8 +8,9 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from moe_engine.config import AuxLoss, RopeScaling
-from moe_engine.config_cli import load
-from moe_engine.config_report import SECTIONS
+from moe_engine.config.command_line import load
+from moe_engine.config.messages import SECTIONS
+from moe_engine.config.page import with_tables
 from moe_engine.log import progress_line, step_scalars
 from moe_engine.parallel.mesh import rank_lists
 from moe_engine.prepare.files import COMPRESSION, ROW_SUFFIXES, TEXT_SUFFIXES
@@ -80,6 +81,12 @@ def test_config_page_lists_every_key_with_its_default() -> None:
                 assert yaml.safe_load(default) == value or float(default) == value, key
     for key in RopeScaling.model_fields:
         assert f"`{key}" in pages[2]
+
+
+def test_the_tables_of_the_config_page_are_what_the_settings_say() -> None:
+    """If not: python -m moe_engine.config.page docs/config.md."""
+    page = (DOCS / "config.md").read_text(encoding="utf-8")
+    assert with_tables(page) == page
 
 
 def derived_keys() -> set[str]:

@@ -23,8 +23,8 @@ from types import ModuleType
 
 import pytest
 
-from moe_engine.config_cli import build_parser
-from moe_engine.config_report import KEYS
+from moe_engine.config.command_line import build_parser
+from moe_engine.config.messages import KEYS
 from moe_engine.errors import EngineError
 from moe_engine.log import progress_line
 from moe_engine.prepare.tokenizer import byte_files

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The three commands."""
     from moe_engine.config import DTYPES, short_dtype
-    from moe_engine.config_cli import Parser
+    from moe_engine.config.command_line import Parser
 
     top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(required=True, metavar="import|export|verify")
@@ -117,7 +117,7 @@ def verify(options: argparse.Namespace) -> int:
     from moe_engine.checkpoint.hf.side_files import of_checkpoint
     from moe_engine.checkpoint.hf.tokenizer_files import as_trained
     from moe_engine.checkpoint.weights_only import WHOLE_COPY
-    from moe_engine.config_hf import differences
+    from moe_engine.config.hf import differences
 
     folder = HfFolder(options.hf)
     warn(folder.notes)

@@ -26,7 +26,7 @@ DAMAGED, DIFFERENT = 65, 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from moe_engine.config_cli import Parser
+    from moe_engine.config.command_line import Parser
     from moe_engine.errors import EngineError
     from moe_engine.log import printable
 

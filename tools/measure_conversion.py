@@ -55,9 +55,9 @@ def write_model(folder: Path, gigabytes: float, shards: int) -> int:
     from moe_engine.checkpoint.hf.table import places
     from moe_engine.checkpoint.shard import Entry, stream_shard
     from moe_engine.config import Model
-    from moe_engine.config_hf import model_to_hf
-    from moe_engine.sizes import parameter_counts
-    from moe_engine.weights import weight_shapes
+    from moe_engine.config.hf import model_to_hf
+    from moe_engine.config.sizes import parameter_counts
+    from moe_engine.config.weights import weight_shapes
 
     def model(layers: int) -> Model:
         return Model(

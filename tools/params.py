@@ -24,14 +24,14 @@ from moe_engine.host.console import failed, run_program
 
 if TYPE_CHECKING:
     from moe_engine.config import Run
-    from moe_engine.config_cli import Loaded
+    from moe_engine.config.command_line import Loaded
     from moe_engine.plan.params import Census, Part
 
 TITLES = ("parameters", "active", "on one rank", "trainable")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from moe_engine.config_cli import Parser
+    from moe_engine.config.command_line import Parser
     from moe_engine.errors import EngineError
     from moe_engine.log import printable
 
@@ -69,7 +69,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_run(options: argparse.Namespace) -> "Loaded":
     """The run whose model and layout are counted, checked as a launch would check it."""
-    from moe_engine.config_cli import load
+    from moe_engine.config.command_line import load
     from moe_engine.errors import ConfigError
 
     if not options.model and not options.config:

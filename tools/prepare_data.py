@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moe_engine.config_cli import Parser
+from moe_engine.config.command_line import Parser
 from moe_engine.errors import ConfigError, EngineError
 from moe_engine.host.console import failed, run_program
 from moe_engine.log import printable

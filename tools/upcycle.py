@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    from moe_engine.config_cli import Parser
+    from moe_engine.config.command_line import Parser
 
     out = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--hf", type=Path, required=True, metavar="DIR", help="the dense parent")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe_engine.config import Model, Optimizer, Parallel, Run, Train
-from moe_engine.config_cli import load_run
+from moe_engine.config.command_line import load_run
 from moe_engine.data.loader import Batch
 from moe_engine.errors import ConfigError
 from moe_engine.host.console import failed, run_program

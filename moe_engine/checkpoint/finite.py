@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moe_engine.config_report import BULLET
+from moe_engine.config.messages import BULLET
 from moe_engine.errors import DataError
 
 SHOWN = 5

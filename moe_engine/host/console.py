@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from moe_engine.config_report import BULLET
+from moe_engine.config.messages import BULLET
 from moe_engine.errors import EngineError, StorageError
 from moe_engine.log import printable
 

@@ -174,7 +174,7 @@ class AttentionMoE(nn.Module):
 
     def _tickets(self, weight_TK: Tensor, positions_BS: Tensor, sequences: Sequences) -> Tensor:
         """What travels with each row, [T/tp, K, 3]: weight, token number on the plane, position. fp32 holds whole
-        numbers below 2^24; config_layout refuses planes with more tokens."""
+        numbers below 2^24; config/checks.py refuses planes with more tokens."""
         mine = self.tp.cut(positions_BS.numel())
         token_T = torch.arange(mine.start, mine.stop, device=weight_TK.device) + sequences.first
         place_T2 = torch.stack([token_T, positions_BS.flatten()[mine]], 1).to(weight_TK.dtype)

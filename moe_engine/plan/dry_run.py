@@ -9,7 +9,8 @@ import math
 from typing import Any
 
 from moe_engine.config import Run
-from moe_engine.config_cli import Loaded
+from moe_engine.config.command_line import Loaded
+from moe_engine.config.sizes import heads_per_attention_expert, parameter_counts, rank_parameters
 from moe_engine.data.corpus import loader_of, open_corpus
 from moe_engine.data.loader import check_order
 from moe_engine.errors import DataError
@@ -17,7 +18,6 @@ from moe_engine.model.flops import step_flops_per_token
 from moe_engine.plan.start import start_lines, start_of
 from moe_engine.prepare import default
 from moe_engine.prepare.tokenizer.load import load_tokenizer
-from moe_engine.sizes import heads_per_attention_expert, parameter_counts, rank_parameters
 
 
 def describe(loaded: Loaded) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moe_engine.checkpoint.hf.contents import is_weights
 from moe_engine.config import Run
-from moe_engine.config_report import refuse
+from moe_engine.config.messages import refuse
 from moe_engine.data.shards import MANIFEST, read_data_manifest
 from moe_engine.host.files import obstacle
 from moe_engine.prepare.default import NAME

@@ -15,9 +15,9 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from moe_engine.config import Model, Parallel
-from moe_engine.config_report import shown
+from moe_engine.config.messages import shown
+from moe_engine.config.weights import COMPONENTS, Shape, Weight, active_share, weights_of
 from moe_engine.errors import ConfigError
-from moe_engine.weights import COMPONENTS, Shape, Weight, active_share, weights_of
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 PROJECTIONS = {"gate_up": ("gate", "up"), "down": ("down",)} | {name: (name,) for name in "qkvo"}  # in a weight

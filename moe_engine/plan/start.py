@@ -105,7 +105,7 @@ def weight_warnings(run: Run) -> list[str]:
         return []
     from moe_engine.checkpoint.hf.first_weights import changes_of, check_shapes, let_in, open_weights
     from moe_engine.checkpoint.hf.folder import HfFolder
-    from moe_engine.weights import weight_shapes
+    from moe_engine.config.weights import weight_shapes
 
     folder = Path(run.train.init_from)
     source = open_weights(folder)

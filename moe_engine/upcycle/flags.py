@@ -164,7 +164,7 @@ def child_of(method: str, parent: "Model", options: "Options") -> "Model":
 @contextmanager
 def in_flags() -> Iterator[None]:
     """A ConfigError about Options comes out in the words of the command line."""
-    from moe_engine.config_report import refuse
+    from moe_engine.config.messages import refuse
 
     try:
         yield

@@ -17,8 +17,8 @@ from moe_engine.checkpoint.pieces import Box, Piece, volume
 from moe_engine.checkpoint.shard import Entry
 from moe_engine.checkpoint.weights_only import Written, write_weights
 from moe_engine.config import Model
-from moe_engine.config_hf import family_of, model_to_hf
-from moe_engine.config_report import problem_lines
+from moe_engine.config.hf import family_of, model_to_hf
+from moe_engine.config.messages import problem_lines
 from moe_engine.errors import ConfigError
 from moe_engine.upcycle import attention
 from moe_engine.upcycle.decoder import streamed

@@ -15,12 +15,12 @@ from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.pieces import Box, Piece
 from moe_engine.checkpoint.weights_only import WHOLE_COPY
 from moe_engine.config import Model
+from moe_engine.config.weights import weight_shapes
 from moe_engine.upcycle import attention, mix
 from moe_engine.upcycle.layer import Dense
 from moe_engine.upcycle.methods import METHODS
 from moe_engine.upcycle.options import Options
 from moe_engine.upcycle.transplant import attention_weights, routed_weights
-from moe_engine.weights import weight_shapes
 
 RouterRows = Callable[[int, int], Tensor]  # (layer, experts) -> [experts, D]
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_engine.config_files import read_mapping
+from moe_engine.config.files import read_mapping
 from moe_engine.data.loader import Batch
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.labels import IGNORE

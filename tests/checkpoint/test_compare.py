@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moe_engine.checkpoint.compare import BALANCING, HARMLESS, setting_changes
+from moe_engine.checkpoint.compare import setting_changes
 from moe_engine.config import Data, Domain, Model, Run
 from moe_engine.errors import ConfigError
 
@@ -28,6 +28,16 @@ def other(value: Any) -> Any:
         case list():
             return [*value, {"name": "c", "path": "c", "weight": 1.0}]
     return 7
+
+
+HARMLESS = {
+    *("out", "resume", "save_every", "eval_every", "eval_batches", "log_every", "tokenizer", "init_from"),
+    *("async_save", "keep_last", "keep_every", "on_save_error", "step_timeout", "recompute", "export_hf"),
+    *("hf_version", "allow_other_tokenizer"),
+}
+BALANCING = {
+    *("router_aux_loss", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise", "capacity_factor"),
+}
 
 
 @pytest.mark.parametrize(("section", "key"), SETTINGS)

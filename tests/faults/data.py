@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_engine.config_cli import load_run
+from moe_engine.config.command_line import load_run
 from moe_engine.data.loader import Batch, Loader, OpenDomain, open_domains
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.parallel.local_ranks import run_on_ranks

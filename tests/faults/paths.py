@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moe_engine.checkpoint.manifest import NAME
 from moe_engine.checkpoint.reader import Reader, choose, verify
-from moe_engine.config_cli import load
+from moe_engine.config.command_line import load
 from moe_engine.data.shards import MANIFEST
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.prepare.tokenizer.load import load_tokenizer

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from moe_engine.config import Domain, RopeScaling, Run
-from moe_engine.config_cli import build_parser, load
-from moe_engine.config_report import KEYS, SECTIONS, problem_lines
+from moe_engine.config.command_line import build_parser, load
+from moe_engine.config.messages import KEYS, SECTIONS, problem_lines
 from moe_engine.data.corpus import open_corpus
 from moe_engine.errors import ConfigError
 from moe_engine.parallel.mesh import Mesh

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from moe_engine import config_files
 from moe_engine.checkpoint import manifest, reader
+from moe_engine.config import files
 from moe_engine.data.mixture import Mixture
 from moe_engine.plan import tokenizers
 from moe_engine.prepare import formats, pipeline
@@ -68,7 +68,7 @@ SABOTAGE: list[tuple[str, int, Any, str, Any]] = [
     ("G1", 11, hostile, "read_rows", unpickled),
     ("G2", 4, manifest, "file_in", lambda folder, name: folder / name),
     ("G3", 8, headers, "open_shard", lambda path: safe_open(path, "pt")),
-    ("G5", 6, config_files, "Loader", yaml.UnsafeLoader),
+    ("G5", 6, files, "Loader", yaml.UnsafeLoader),
     ("G6", 8, prepare_data, "printable", str),
 ]
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_engine import config_cli, config_layout, config_report
 from moe_engine.checkpoint import compare
+from moe_engine.config import checks, command_line, messages
+from moe_engine.config.section import OnResume, Setting
 from moe_engine.model.moe import Router
 from moe_engine.train import step
 from moe_engine.train.engine import StepOutcome
@@ -47,40 +48,45 @@ def test_nothing_is_lost(failures: Failures, fault: str) -> None:
 
 
 def test_a_forgotten_rule_is_noticed(failures: Failures, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = config_layout.tp_must_divide
-    monkeypatch.setattr(
-        config_layout, "tp_must_divide", lambda run: {k: v for k, v in real(run).items() if k != "vocab_size"}
-    )
+    real = checks.tp_must_divide
+    monkeypatch.setattr(checks, "tp_must_divide", lambda run: {k: v for k, v in real(run).items() if k != "vocab_size"})
     assert any("accepted, but wrong is ['parallel.tp']" in line for line in failures("E1", 60))
 
 
 def test_a_rule_too_many_is_noticed(failures: Failures, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = config_layout.tp_must_divide
-    monkeypatch.setattr(config_layout, "tp_must_divide", lambda run: real(run) | {"hidden_size / 3": 3})
+    real = checks.tp_must_divide
+    monkeypatch.setattr(checks, "tp_must_divide", lambda run: real(run) | {"hidden_size / 3": 3})
     assert any("refused, but wrong is nothing" in line for line in failures("E1", 60))
 
 
 @pytest.mark.parametrize("wrong", [lambda valid: [*valid, 7], lambda valid: valid[:-1] or valid])
 def test_bad_advice_is_noticed(failures: Failures, monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
-    real = config_layout.numbers
-    monkeypatch.setattr(config_layout, "numbers", lambda valid: real(wrong(valid)))
+    real = checks.numbers
+    monkeypatch.setattr(checks, "numbers", lambda valid: real(wrong(valid)))
     assert failures("E1", 30)
 
 
 def test_a_change_that_is_not_told_is_noticed(failures: Failures, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "HARMLESS", compare.HARMLESS - {"out"} | {"weight_decay"})
+    told = compare.setting_of
+    other: dict[str, OnResume] = {"out": "warn", "weight_decay": "free"}
+
+    def mistold(section: str, key: str) -> Setting:
+        about = told(section, key)
+        return about._replace(on_resume=other.get(key, about.on_resume))
+
+    monkeypatch.setattr(compare, "setting_of", mistold)
     lost = failures("E2", SETTINGS["E2"].ci)
     assert [line.partition(",")[0] for line in lost] == ["optimizer.weight_decay", "train.out"]
 
 
 def test_wrong_suggestions_are_noticed(failures: Failures, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((config_report, "nearest"), (config_cli, "nearest_name")):
+    for module, name in ((messages, "nearest"), (command_line, "nearest_name")):
         monkeypatch.setattr(module, name, lambda word, valid: next(iter(valid)))
     assert len(failures("E3", 100)) > 50
 
 
 def test_an_accepted_typo_is_noticed(failures: Failures, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_cli, "unknown_flags", lambda rest, parser: [])
+    monkeypatch.setattr(command_line, "unknown_flags", lambda rest, parser: [])
     assert all(line.endswith("accepted") for line in failures("E3", 3)) and failures("E3", 3)
 
 
@@ -141,7 +147,7 @@ def test_typos_are_one_edit_away() -> None:
     draw = Random(0)
     for _ in range(300):
         wrong = misspelt("parallel.ep", draw, ["parallel.dp"])
-        assert config_report.edits(wrong, "parallel.ep") == 1 and wrong != "parallel.dp"
+        assert messages.edits(wrong, "parallel.ep") == 1 and wrong != "parallel.dp"
 
 
 def test_a_difference_that_is_no_number_is_the_worst() -> None:

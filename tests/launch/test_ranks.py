@@ -10,7 +10,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from launch.ranks import ending, hang
-from moe_engine.config_report import refuse
+from moe_engine.config.messages import refuse
 from moe_engine.errors import ConfigError, DataError, EngineError, Preempted, StorageError
 
 ROOT = Path(__file__).parents[2]

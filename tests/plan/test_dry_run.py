@@ -8,7 +8,7 @@ import pytest
 
 from launch.pretrain_moe import main
 from moe_engine.checkpoint.manifest import write_manifest
-from moe_engine.config_cli import load
+from moe_engine.config.command_line import load
 from moe_engine.prepare.default import NAME
 from moe_engine.prepare.pipeline import PrepareOptions, prepare
 from tests.checkpoint.hf.small import save, theirs

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_engine.config_cli import load
+from moe_engine.config.command_line import load
 from moe_engine.data.corpus import open_corpus
 from moe_engine.errors import ConfigError
 from moe_engine.host.files import allow_open_files

@@ -8,7 +8,7 @@ import pytest
 
 from launch.pretrain_moe import main
 from moe_engine.config import Run
-from moe_engine.config_cli import load
+from moe_engine.config.command_line import load
 from moe_engine.errors import ConfigError
 from moe_engine.plan.out_folder import FILES, FOLDERS, check_out_folder
 from moe_engine.prepare.default import NAME

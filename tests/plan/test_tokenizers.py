@@ -8,7 +8,7 @@ import pytest
 
 from moe_engine.checkpoint.manifest import write_manifest
 from moe_engine.config import Run
-from moe_engine.config_cli import load_run
+from moe_engine.config.command_line import load_run
 from moe_engine.errors import ConfigError
 from moe_engine.plan.tokenizers import check_tokenizers, of_weights
 from moe_engine.prepare.pipeline import PrepareOptions, prepare

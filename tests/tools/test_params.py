@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from moe_engine.config import Model, Parallel
-from moe_engine.config_files import read_model
-from moe_engine.config_hf import FAMILIES
+from moe_engine.config.files import read_model
+from moe_engine.config.hf import FAMILIES
+from moe_engine.config.sizes import parameter_counts, rank_parameters
+from moe_engine.config.weights import weights_of
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Axis, Mesh
 from moe_engine.parallel.weight import note_of
 from moe_engine.plan.params import PROJECTIONS, Lora, count, stem
-from moe_engine.sizes import parameter_counts, rank_parameters
-from moe_engine.weights import weights_of
 from tools.params import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_engine.config_layout import layout_problems, other_problems
+from moe_engine.config.checks import layout_problems, other_problems
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
 from moe_engine.train.engine import OneRank

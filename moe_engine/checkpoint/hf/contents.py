@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from moe_engine.checkpoint.manifest import NAME
 from moe_engine.checkpoint.partial import PROGRESS
-from moe_engine.config_report import shown
+from moe_engine.config.messages import shown
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import size_in
 

@@ -17,8 +17,8 @@ from moe_engine.checkpoint.manifest import NAME, problems_of
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.weights_only import Progress, Written
 from moe_engine.config import Model, Run, torch_dtype
-from moe_engine.config_hf import FAMILIES, came_as, differences, family_of, model_from_hf
-from moe_engine.config_hf.spelling import dtype_of
+from moe_engine.config.hf import FAMILIES, came_as, differences, family_of, model_from_hf
+from moe_engine.config.hf.spelling import dtype_of
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import obstacle
 

@@ -12,7 +12,7 @@ from moe_engine.checkpoint.manifest import NAME
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.source import Source
 from moe_engine.config import Model
-from moe_engine.config_hf import differences
+from moe_engine.config.hf import differences
 from moe_engine.errors import ConfigError
 from moe_engine.parallel.agree import act_together
 from moe_engine.parallel.collectives import gather_bytes

@@ -20,11 +20,11 @@ from moe_engine.checkpoint.pieces import Piece, volume
 from moe_engine.checkpoint.shard import MAX_HEADER, SUFFIX, TORCH_OF, Entry
 from moe_engine.checkpoint.source import Source, Stored
 from moe_engine.config import Model
-from moe_engine.config_files import model_in, read_mapping
-from moe_engine.config_hf import family_in
-from moe_engine.config_report import BULLET, shown
+from moe_engine.config.files import model_in, read_mapping
+from moe_engine.config.hf import family_in
+from moe_engine.config.messages import BULLET, shown
+from moe_engine.config.weights import weight_shapes
 from moe_engine.errors import ConfigError, DataError
-from moe_engine.weights import weight_shapes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -14,8 +14,8 @@ from moe_engine.checkpoint.hf.tokenizer_files import with_tokenizer
 from moe_engine.checkpoint.manifest import NAME, file_in, read_manifest
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.shard import SUFFIX
-from moe_engine.config_hf.spelling import dtype_of
-from moe_engine.config_report import shown
+from moe_engine.config.hf.spelling import dtype_of
+from moe_engine.config.messages import shown
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host import disk
 

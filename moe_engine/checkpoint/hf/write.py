@@ -31,8 +31,8 @@ from moe_engine.checkpoint.weights_only import (
     write_bytes,
 )
 from moe_engine.config import Model
-from moe_engine.config_hf import FAMILIES, both_readers_agree, came_as, model_from_hf, model_to_hf
-from moe_engine.config_hf.spelling import dtype_of
+from moe_engine.config.hf import FAMILIES, both_readers_agree, came_as, model_from_hf, model_to_hf
+from moe_engine.config.hf.spelling import dtype_of
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host import disk
 

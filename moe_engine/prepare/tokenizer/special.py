@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from moe_engine.config_report import shown
+from moe_engine.config.messages import shown
 from moe_engine.errors import ConfigError
 
 OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")

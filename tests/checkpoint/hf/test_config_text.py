@@ -12,11 +12,11 @@ from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.write import Target, config_text
 from moe_engine.checkpoint.shard import Entry
 from moe_engine.config import Run
-from moe_engine.config_cli import load
-from moe_engine.config_hf import model_from_hf
+from moe_engine.config.command_line import load
+from moe_engine.config.hf import model_from_hf
 from moe_engine.errors import ConfigError
 from tests.checkpoint.hf.small import save, tensors_of, theirs
-from tests.test_config_hf import LLAMA
+from tests.config.test_hf import LLAMA
 from tools.convert_hf import main as convert
 from tools.upcycle import main as upcycle
 

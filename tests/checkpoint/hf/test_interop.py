@@ -15,11 +15,11 @@ from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.to_checkpoint import import_folder
 from moe_engine.config import Model, RopeScaling
-from moe_engine.config_files import preset_names, read_model
-from moe_engine.config_hf import family_of, model_and_notes, model_from_hf, model_to_hf
+from moe_engine.config.files import preset_names, read_model
+from moe_engine.config.hf import family_of, model_and_notes, model_from_hf, model_to_hf
 from moe_engine.errors import ConfigError
 from tests.checkpoint.hf.small import LLAMA3, save, theirs
-from tests.test_config_hf import LLAMA, NO_FAMILY, ODD, PUBLISHED
+from tests.config.test_hf import LLAMA, NO_FAMILY, ODD, PUBLISHED
 from tools.upcycle import main as upcycle
 
 ROOT = Path(__file__).parents[3]

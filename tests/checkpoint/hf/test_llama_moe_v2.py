@@ -13,10 +13,10 @@ from moe_engine.checkpoint.hf.to_checkpoint import import_folder
 from moe_engine.checkpoint.pieces import Box, Piece
 from moe_engine.checkpoint.weights_only import write_weights
 from moe_engine.config import Model
-from moe_engine.config_hf import family_of
+from moe_engine.config.hf import family_of
+from moe_engine.config.sizes import parameter_counts
+from moe_engine.config.weights import weight_shapes
 from moe_engine.errors import ConfigError
-from moe_engine.sizes import parameter_counts
-from moe_engine.weights import weight_shapes
 from tests.checkpoint.hf.small import same_tensors, tensors_of
 
 BASE = dict(
@@ -100,7 +100,7 @@ def test_published_configuration_counts() -> None:
         "num_experts_per_tok": 2, "scale_factor": 4.0, "use_attn_moe": false, "num_moe_contract_layers": 0,
         "rope_theta": 500000.0, "max_position_embeddings": 8192, "moe_type": "modulelist", "hidden_act": "silu"}"""
     )
-    from moe_engine.config_hf import model_from_hf
+    from moe_engine.config.hf import model_from_hf
 
     model = model_from_hf(config)
     counts = parameter_counts(model)

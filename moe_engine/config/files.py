@@ -4,7 +4,7 @@ YAML is read with safe types only, under limits of size, depth and aliases (an a
 expands), with YAML 1.2's scalars: `no` is a word and 1e-4 is a number. A key written twice is refused.
 
 A model is named by a preset (`configs/models/NAME.yaml`), by the path of such a file, or by a Hugging Face config.json
-(or its folder), see config_hf/.
+(or its folder), see hf/.
 """
 
 import json
@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 import yaml
 
 from moe_engine.config import Model
-from moe_engine.config_hf import model_and_notes
-from moe_engine.config_report import nearest, problem_lines, refuse, shown
+from moe_engine.config.hf import model_and_notes
+from moe_engine.config.messages import nearest, problem_lines, refuse, shown
 from moe_engine.errors import ConfigError
 
 MAX_BYTES = 1 << 16
 MAX_ALIASES = 16
 MAX_DEPTH = 32
-PRESETS = Path(__file__).resolve().parent.parent / "configs" / "models"
+PRESETS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$")
 INTEGER = re.compile(r"[-+]?[0-9][0-9_]*$")

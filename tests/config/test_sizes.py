@@ -5,8 +5,8 @@ import math
 import pytest
 
 from moe_engine.config import Model, Parallel
-from moe_engine.config_files import read_model
-from moe_engine.sizes import parameter_counts, rank_parameters
+from moe_engine.config.files import read_model
+from moe_engine.config.sizes import parameter_counts, rank_parameters
 
 HEAD_NORMS = {"qk_norm": "head", "shared_intermediate_size": 18}
 WIDE_NORMS = {"qk_norm": "projection"}

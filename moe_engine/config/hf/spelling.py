@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_engine.config import Model, RopeScaling
-from moe_engine.config_report import shown
+from moe_engine.config.messages import shown
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SPELLED = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype"})

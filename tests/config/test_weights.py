@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from moe_engine.config import Model, Parallel
-from moe_engine.config_files import preset_names, read_model
-from moe_engine.config_hf import model_from_hf
+from moe_engine.config.files import preset_names, read_model
+from moe_engine.config.hf import model_from_hf
+from moe_engine.config.weights import weights_of
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Axis, Mesh
 from moe_engine.parallel.weight import note_of
-from moe_engine.weights import weights_of
 
 SMALL = {
     "vocab_size": 48, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 32,
@@ -25,7 +25,7 @@ KINDS = {
     "attention experts": {"num_attention_experts": 4, "attention_moe_layers": [0, 3], "qk_norm": "head"},
     "both": {"num_local_experts": 4, "moe_intermediate_size": 8, "num_attention_experts": 8},
 }
-HF = Path(__file__).parents[2] / "shared" / "data" / "configs_hf"
+HF = Path(__file__).parents[3] / "shared" / "data" / "configs_hf"
 
 
 def same(model: Model, mesh: Mesh, parallel: Parallel) -> None:

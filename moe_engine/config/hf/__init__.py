@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_engine.config import Model
-from moe_engine.config_hf.families import ENDS, FAMILIES
-from moe_engine.config_hf.keys import NO_EFFECT, judge, window_of
-from moe_engine.config_hf.spelling import (
+from moe_engine.config.hf.families import ENDS, FAMILIES
+from moe_engine.config.hf.keys import NO_EFFECT, judge, window_of
+from moe_engine.config.hf.spelling import (
     EXPERTS,
     SPELLED,
     dtype_to_hf,
@@ -26,17 +26,15 @@ from moe_engine.config_hf.spelling import (
     rope_to_hf,
     seen_by_4,
 )
-from moe_engine.config_report import refuse, shown, validation_problems
+from moe_engine.config.messages import refuse, shown, validation_problems
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 OPTIONAL = (
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
     *("tie_word_embeddings", "initializer_range"),
 )
-IN_TRAINING_ONLY = frozenset(
-    "router_aux_loss router_aux_loss_coef router_z_loss_coef router_jitter_noise capacity_factor initializer_range "
-    "expert_bias_update_rate routed_scaling_factor max_position_embeddings".split()
-)  # routed_scaling_factor is folded into the experts where weights are written
+# of routed_scaling_factor: it is folded into the experts where weights are written
+IN_TRAINING_ONLY = frozenset(key for key, about in Model.settings().items() if about.in_training_only)
 
 
 def family_in(config: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ A refused layout is answered with the valid values, before any process group exi
 import math
 
 from moe_engine.config import Run, divisors
-from moe_engine.config_report import refuse
+from moe_engine.config.messages import SECTIONS, refuse
 
 
 def check_layout(run: Run, world_size: int) -> None:
@@ -184,50 +184,19 @@ def differs_from_default(run: Run, dotted: str) -> bool:
     return getattr(part, key, None) != type(part).model_fields[key].default
 
 
-OF_ZERO = ("overlap_comm", "reduce_bucket_size", "allgather_bucket_size")
-ROUTING_KEYS = (
-    "num_experts_per_tok moe_intermediate_size shared_intermediate_size norm_topk_prob routed_scaling_factor "
-    "capacity_factor expert_bias_update_rate"
-).split()
-ATTENTION_KEYS = "num_attention_experts_per_tok attention_scaling_factor".split()
-ROUTER_KEYS = "router_jitter_noise router_aux_loss router_aux_loss_coef router_z_loss_coef".split()
-
-
 def without_effect(run: Run, given: set[str]) -> list[str]:
     """Warnings on settings that change nothing, among the dotted keys that the user wrote (`given`)."""
-    model, parallel, train, data = run.model, run.parallel, run.train, run.data
-    top_k, dense, routed = model.num_experts_per_tok, not model.num_moe_layers, model.num_attention_moe_layers
-    alone = parallel.zero > 0 and run.data_ranks == 1 and not parallel.offload_optimizer
-    roomy = max(1, model.num_local_experts) / top_k
-    rules = [
-        *((f"model.{key}", dense, "no layer has experts") for key in ROUTING_KEYS),
-        *((f"model.{key}", not routed, "no layer has attention experts") for key in ATTENTION_KEYS),
-        *((f"model.{key}", dense and not routed, "no layer has experts") for key in ROUTER_KEYS),
-        ("model.num_attention_experts", not routed, "attention_moe_layers names no layer"),
-        ("model.attention_moe_layers", not model.num_attention_experts, "num_attention_experts is 0"),
-        ("parallel.replicate_attention_experts", not routed or parallel.ep == 1, "ep cuts no attention experts"),
-        ("model.capacity_factor", (model.capacity_factor or 0) >= roomy, f"from {roomy:g} upwards no token is dropped"),
-        ("model.router_aux_loss_coef", model.router_aux_loss == "none", "router_aux_loss is none"),
-        ("model.router_aux_loss", model.router_aux_loss_coef == 0, "router_aux_loss_coef is 0"),
-        *((f"parallel.{key}", parallel.zero == 0, "zero is 0") for key in OF_ZERO),
-        *((f"parallel.{key}", alone, "one data rank shares nothing") for key in OF_ZERO),
-        ("train.save_every", train.save_every > train.steps, "it is more than steps (the end is saved anyway)"),
-        (
-            "data.eval_fraction",
-            bool(data.domains),
-            "prepared data has its own held-out part (prepare_data --eval-fraction)",
-        ),
-        ("train.hf_version", not train.export_hf, "train.export_hf is not given"),
-        ("train.eval_every", data.eval_fraction == 0, "data.eval_fraction is 0"),
-        ("train.eval_batches", data.eval_fraction == 0, "data.eval_fraction is 0"),
-        ("train.eval_every", train.eval_batches == 0 < train.eval_every, "eval_batches is 0: no evaluation"),
-        ("train.eval_batches", train.eval_every == 0 < train.eval_batches, "eval_every is 0: no evaluation"),
-    ]
-    changed = {key for key in given if differs_from_default(run, key)}
-    warnings = [f"{key} has no effect: {why}" for key, idle, why in rules if idle and key in changed]
+    model, data, warnings = run.model, run.data, list[str]()
+    dense = not model.num_moe_layers
+    for section, kind in SECTIONS.items():
+        for key, about in kind.settings().items():
+            dotted = f"{section}.{key}"
+            if dotted in given and differs_from_default(run, dotted):
+                whys = (rule(run) for rule in about.idle)
+                warnings += [f"{dotted} has no effect: {why}" for why in whys if why]
     if len(data.domains) == 1 and data.domains[0].weight != 1:
         warnings.append("data.domains weight has no effect: there is one domain")
-    if not dense and top_k == 1 and model.norm_topk_prob and model.num_local_experts > 1:
+    if not dense and model.num_experts_per_tok == 1 and model.norm_topk_prob and model.num_local_experts > 1:
         warnings.append(
             "model.norm_topk_prob with num_experts_per_tok 1 makes every routing weight 1: the router learns from the "
             "balancing losses alone"

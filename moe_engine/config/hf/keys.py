@@ -11,8 +11,8 @@ A sliding window of W tokens is full attention for sequences of up to W: it shor
 from collections.abc import Mapping
 from typing import Any
 
-from moe_engine.config_hf.families import LLAMA_MOE_V2
-from moe_engine.config_report import shown
+from moe_engine.config.hf.families import LLAMA_MOE_V2
+from moe_engine.config.messages import shown
 
 NO_EFFECT = frozenset(
     # of every configuration

@@ -11,8 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from moe_engine.config import Data, Domain, Model, Parallel, Run
-from moe_engine.config_cli import FLAGS, build_parser, load, load_run, print_config
-from moe_engine.config_report import KEYS
+from moe_engine.config.command_line import build_parser, flags_of_settings, load, load_run, print_config
+from moe_engine.config.messages import KEYS
 from moe_engine.errors import ConfigError
 
 SIZES: dict[str, Any] = {
@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
 }
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def problems_of(*argv: str, world: int | None = 1) -> str:
@@ -176,7 +176,7 @@ def test_print_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
 
 def test_every_flag_sets_its_key() -> None:
     value = {"fp32|bf16": "bf16", "none|selective|full": "full", "0|1|2|3": "1", "N": "2", "X": "0.5", "": None}
-    for flag, (dotted, placeholder, _) in FLAGS.items():
+    for flag, (dotted, placeholder, _) in flags_of_settings().items():
         word = value.get(placeholder, "auto")
         parser = build_parser()
         parsed = vars(parser.parse_args([flag] if word is None else [flag, word]))
@@ -287,7 +287,8 @@ def test_bad_command_lines(argv: list[str], words: str) -> None:
 
 def test_help_and_load_start_without_torch() -> None:
     code = (
-        "import sys\nfrom moe_engine.config_cli import load_run\nimport moe_engine.sizes\nload_run(['--ep', '2'], 8)\n"
+        "import sys\nfrom moe_engine.config.command_line import load_run\nimport moe_engine.config.sizes\n"
+        "load_run(['--ep', '2'], 8)\n"
         "heavy = {'torch', 'numpy', 'transformers', 'deepspeed'} & set(sys.modules)\nassert not heavy, heavy\n"
         "load_run(['--help'], 1)"
     )

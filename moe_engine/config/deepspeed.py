@@ -8,7 +8,7 @@
 "auto" leaves a value to the run. Bucket sizes count ELEMENTS (5e7 is 100 MB in bf16). `expert_capacity_factor` becomes
 model.capacity_factor, so such a file drops tokens where a run without it is dropless; a factor that the user wrote
 wins. Everything else that differs from what the user or the model says is refused, naming both, by
-`config_cli.load`. Unknown keys are refused: DeepSpeed itself ignores them.
+`command_line.load`. Unknown keys are refused: DeepSpeed itself ignores them.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_engine.config import is_number
-from moe_engine.config_files import read_mapping
-from moe_engine.config_report import refuse, shown, unknown_key
+from moe_engine.config.files import read_mapping
+from moe_engine.config.messages import refuse, shown, unknown_key
 
 SETTINGS = {
     "train_batch_size": "train.global_batch",

@@ -7,9 +7,9 @@ import string
 import pytest
 
 from moe_engine.config import Model, Parallel, Run, Train
-from moe_engine.config_cli import build_parser, load, load_run
-from moe_engine.config_layout import check_layout, derive, layout_problems
-from moe_engine.config_report import KEYS, unknown_setting
+from moe_engine.config.checks import check_layout, derive, layout_problems
+from moe_engine.config.command_line import build_parser, load, load_run
+from moe_engine.config.messages import KEYS, unknown_setting
 from moe_engine.errors import ConfigError
 
 

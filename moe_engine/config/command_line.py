@@ -18,43 +18,23 @@ import yaml
 from pydantic import ValidationError
 
 from moe_engine.config import Model, Run, Train
-from moe_engine.config_deepspeed import apply_deepspeed
-from moe_engine.config_files import parse_yaml, preset_names, read_mapping, read_model, whose_model
-from moe_engine.config_layout import derive, layout_problems, without_effect
-from moe_engine.config_report import KEYS, edits, problem_lines, refuse, shown, unknown_setting, validation_problems
-from moe_engine.config_report import nearest as nearest_name
+from moe_engine.config.checks import derive, layout_problems, without_effect
+from moe_engine.config.deepspeed import apply_deepspeed
+from moe_engine.config.files import parse_yaml, preset_names, read_mapping, read_model, whose_model
+from moe_engine.config.messages import (
+    KEYS,
+    SECTIONS,
+    edits,
+    problem_lines,
+    refuse,
+    shown,
+    unknown_setting,
+    validation_problems,
+)
+from moe_engine.config.messages import nearest as nearest_name
 from moe_engine.errors import ConfigError
 
 DEFAULT_MODEL = "tiny"
-
-# flag -> (the key it sets, placeholder, help)
-FLAGS: dict[str, tuple[str, str, str]] = {
-    "--tokenizer": ("data.tokenizer", "PATH", "bytes, or a tokenizer file or folder (default: the data's own)"),
-    "--allow-other-tokenizer": ("data.allow_other_tokenizer", "", "train on tokens that the weights do not know"),
-    "--out": ("train.out", "DIR", "where logs, metrics and checkpoints go"),
-    "--steps": ("train.steps", "N", "optimizer steps"),
-    "--seed": ("train.seed", "N", "seeds weights, data order and noise"),
-    "--seq-length": ("train.seq_length", "N", "tokens of a sequence"),
-    "--micro-batch": ("train.micro_batch", "N", "sequences of one rank in one pass"),
-    "--global-batch": ("train.global_batch", "N", "sequences of a step: micro-batch * accumulation * dp * ep"),
-    "--lr": ("optimizer.lr", "X", "peak learning rate"),
-    "--precision": ("train.precision", "fp32|bf16", "or torch's float32|bfloat16; bf16 keeps fp32 master weights"),
-    "--dp": ("parallel.dp", "N", "replicas of each expert (default: ranks / (ep * tp))"),
-    "--ep": ("parallel.ep", "N", "ranks that share the experts of a layer"),
-    "--tp": ("parallel.tp", "N", "ranks that share each matrix"),
-    "--zero": ("parallel.zero", "0|1|2|3", "ZeRO stage"),
-    "--offload-optimizer": ("parallel.offload_optimizer", "", "keep optimizer states in host memory"),
-    "--recompute": ("train.recompute", "none|selective|full", "activations to recompute in backward"),
-    "--init-from": ("train.init_from", "PATH", "start with the weights of a Hugging Face folder or a checkpoint"),
-    "--export-hf": ("train.export_hf", "DIR", "write the final weights as a Hugging Face folder"),
-    "--hf-version": ("train.hf_version", "4|5", "spelling of its config.json, of transformers 4 or 5 (default: both)"),
-    "--resume": ("train.resume", "auto|PATH", "continue from the newest checkpoint in --out, or from PATH"),
-    "--save-every": ("train.save_every", "N", "steps between checkpoints"),
-    "--async-save": ("train.async_save", "", "write checkpoints while training goes on"),
-    "--keep-last": ("train.keep_last", "N", "newest checkpoints to keep (default: all)"),
-    "--keep-every": ("train.keep_every", "N", "also keep the checkpoints of steps that N divides"),
-    "--step-timeout": ("train.step_timeout", "S", "end a run without progress for S seconds, and say why; 0: never"),
-}
 
 
 class Loaded(NamedTuple):
@@ -96,7 +76,7 @@ def build_parser(prog: str | None = None, description: str | None = None) -> Par
     parser.add_argument(
         "--data", metavar="[NAME=]PATH[:WEIGHT]", action="append", help="prepared folder; repeat to mix domains"
     )
-    for flag, (_, placeholder, text) in FLAGS.items():
+    for flag, (_, placeholder, text) in flags_of_settings().items():
         if placeholder:
             parser.add_argument(flag, metavar=placeholder, help=text)
         else:
@@ -106,6 +86,16 @@ def build_parser(prog: str | None = None, description: str | None = None) -> Par
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print sizes and shapes, and exit")
     return parser
+
+
+def flags_of_settings() -> dict[str, tuple[str, str, str]]:
+    """Flag -> the key that it sets, placeholder, help."""
+    return {
+        f"--{key.replace('_', '-')}": (f"{section}.{key}", *about.flag)
+        for section, kind in SECTIONS.items()
+        for key, about in kind.settings().items()
+        if about.flag
+    }
 
 
 def load_run(argv: list[str], world_size: int | None) -> Run:
@@ -208,7 +198,7 @@ class Sources:
             self.put("model", "preset", flags["model"], "--model")
         if "data" in flags:
             self.put("data", "domains", flags["data"], "--data")
-        for flag, (dotted, _, _) in FLAGS.items():
+        for flag, (dotted, _, _) in flags_of_settings().items():
             if (name := flag[2:].replace("-", "_")) in flags:
                 section, _, key = dotted.partition(".")
                 self.put(section, key, flags[name], flag)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from moe_engine.config_cli import load, load_run
-from moe_engine.config_deepspeed import KNOWN, read_deepspeed
+from moe_engine.config.command_line import load, load_run
+from moe_engine.config.deepspeed import KNOWN, read_deepspeed
 from moe_engine.errors import ConfigError
 
-FOLDER = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 PUBLISHED = str(FOLDER / "mixtral-8x7b-zero2.json")
 MIXTRAL = ["--model", "mixtral-8x7b"]
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from moe_engine.config import Model
-from moe_engine.config_files import preset_names, read_mapping, read_model
-from moe_engine.config_hf import IN_TRAINING_ONLY, family_of, model_and_notes, model_from_hf, model_to_hf
-from moe_engine.config_hf.spelling import dtype_of
+from moe_engine.config.files import preset_names, read_mapping, read_model
+from moe_engine.config.hf import IN_TRAINING_ONLY, family_of, model_and_notes, model_from_hf, model_to_hf
+from moe_engine.config.hf.spelling import dtype_of
+from moe_engine.config.sizes import parameter_counts
 from moe_engine.errors import ConfigError
-from moe_engine.sizes import parameter_counts
 
-PUBLISHED = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "configs_hf"
+PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "configs_hf"
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 96,

@@ -8,16 +8,18 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from moe_engine.config import Domain, RopeScaling, Run
+from moe_engine.config import Domain, RopeScaling, Run, Section
 from moe_engine.errors import ConfigError
 from moe_engine.log import printable
 
 BULLET = "\n  - "
 
-SECTIONS: dict[str, type[BaseModel]] = {
-    name: field.annotation for name, field in Run.model_fields.items() if isinstance(field.annotation, type)
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Run.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
 KEYS: dict[str, list[str]] = {name: list(section.model_fields) for name, section in SECTIONS.items()}
 

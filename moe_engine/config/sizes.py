@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 from moe_engine.config import Model, Parallel
-from moe_engine.weights import COMPONENTS, active_share, weights_of
+from moe_engine.config.weights import COMPONENTS, active_share, weights_of
 
 
 class ParameterCounts(NamedTuple):

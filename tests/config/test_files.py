@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from moe_engine.config import Model
-from moe_engine.config_cli import load
-from moe_engine.config_files import parse_yaml, preset_names, read_mapping, read_model, whose_model
-from moe_engine.config_hf import model_from_hf
+from moe_engine.config.command_line import load
+from moe_engine.config.files import parse_yaml, preset_names, read_mapping, read_model, whose_model
+from moe_engine.config.hf import model_from_hf
 from moe_engine.errors import ConfigError
 from moe_engine.plan.dry_run import describe
 from tools.params import main as params
@@ -129,7 +129,7 @@ def test_presets_name_their_source() -> None:
     names = preset_names()
     assert len(names) >= 11
     for name in names:
-        path = Path(__file__).resolve().parent.parent / "configs" / "models" / f"{name}.yaml"
+        path = Path(__file__).resolve().parents[2] / "configs" / "models" / f"{name}.yaml"
         assert path.read_text().startswith("# ") and "ource" in path.read_text().split("\n")[0]
         Model.model_validate(read_model(name))
 
