@@ -34,10 +34,12 @@ class WeightNote:
 
     @property
     def expert(self) -> bool:
+        """Whether the ep axis cuts the weight."""
         return any(axis.name == "ep" for axis in self.cut.values())
 
     @property
     def tensor_parallel(self) -> bool:
+        """Whether the tp axis cuts the weight; if not, each tp rank holds all of it."""
         return any(axis.name == "tp" for axis in self.cut.values())
 
     def local_slices(self) -> tuple[slice, ...]:
@@ -103,6 +105,7 @@ def _splitmix64(x: Tensor) -> Tensor:
     """Steele et al. 2014, finaliser of SplittableRandom, on int64 tensors whose products wrap around."""
 
     def logical_shift(value: Tensor, bits: int) -> Tensor:
+        """value >> bits with zeros coming in from the left; on int64 torch shifts copies of the sign in."""
         return (value >> bits) & ((1 << (64 - bits)) - 1)
 
     x = x * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
