@@ -91,6 +91,7 @@ def verify(folder: Path, world: Axis, heartbeat: Callable[[], None] = lambda: No
     mine: list[str] = []
 
     def look() -> None:
+        """This rank's share of the problems goes to `mine`; a manifest that cannot be understood is one of them."""
         try:
             mine.extend(problems_of(folder, read_manifest(folder), world.rank, world.size, heartbeat))
         except DataError as error:

@@ -115,6 +115,7 @@ class Saver:
         path, outcome = temporary / rank_file(self.world.rank), []
 
         def write() -> None:
+            """Leaves the digest or the exception in `outcome`, where `_land` takes it."""
             try:
                 outcome.append(write_shard(path, tensors, metadata))
             except Exception as error:  # raised where the thread is waited for
@@ -198,6 +199,7 @@ class Saver:
             disk.write_file(probe, [token])
 
         def read() -> None:
+            """DataError where rank 0's file is not there or holds something else."""
             if not probe.is_file() or probe.read_bytes() != token:
                 raise DataError(f"{probe.parent} is not the folder that rank 0 sees: --out must be shared by all nodes")
 

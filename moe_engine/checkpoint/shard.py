@@ -52,11 +52,13 @@ class Hasher:
         self.count, self.fast, self.strong = 0, xxhash.xxh3_128(), hashlib.sha256()
 
     def update(self, part: bytes | memoryview) -> None:
+        """Count and hash the bytes that come next."""
         self.count += len(part)
         self.fast.update(part)
         self.strong.update(part)
 
     def digest(self) -> Digest:
+        """Of the parts so far; more may follow."""
         return Digest(self.count, self.fast.hexdigest(), self.strong.hexdigest())
 
 
@@ -110,6 +112,7 @@ def stream_shard(
     hasher = Hasher()
 
     def parts() -> Iterator[bytes | memoryview]:
+        """Header, then each tensor in chunks; AssertionError for one that is not of its entry's dtype and shape."""
         yield header
         for name in names:
             tensor = tensor_of(name)
@@ -117,6 +120,7 @@ def stream_shard(
             yield from _chunks(tensor)
 
     def hashed() -> Iterator[bytes | memoryview]:
+        """The parts, each hashed before it goes to the disk."""
         for part in parts():
             hasher.update(part)
             yield part

@@ -113,6 +113,7 @@ def _maker(
     source: Weights, pieces: Mapping[str, Piece], progress: Progress
 ) -> Callable[[Path], tuple[Digest, dict[str, str]]]:
     def write(path: Path) -> tuple[Digest, dict[str, str]]:
+        """One shard: piece i as the flat tensor master/i/NAME in its own dtype; hashes by keys of `pieces`."""
         hashes: dict[str, str] = {}
         keys = {f"master/{i}/{piece.name}": name for i, (name, piece) in enumerate(pieces.items())}
         entries = {}

@@ -54,6 +54,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
+        """Raise ConfigError, where argparse would print the usage and exit with 2."""
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
@@ -211,6 +212,7 @@ class Sources:
         return self.values, self.origin
 
     def put(self, section: str, key: str, value: Any, source: str) -> None:
+        """Take a value, in place of one from before; an unknown key goes to `problems` instead."""
         if key not in KEYS.get(section, ()) and (section, key) != ("model", "preset"):
             self.problems.append(unknown_setting(section, key, f" ({source})"))
             return
@@ -218,6 +220,8 @@ class Sources:
         self.origin[f"{section}.{key}"] = source
 
     def read_file(self, path: str) -> None:
+        """Take the sections of a YAML file; what is wrong with them goes to `problems`. `model: NAME` stands for its
+        preset, and a mapping without `preset` is the whole model."""
         try:
             content = read_mapping(path)
         except ConfigError as error:
@@ -240,6 +244,7 @@ class Sources:
                     self.put(section, str(key), value, path)
 
     def read_assignment(self, text: str) -> None:
+        """Take the section.key=value of one --set, whose value is YAML; what is wrong with it goes to `problems`."""
         dotted, equals, value = text.partition("=")
         section, dot, key = dotted.partition(".")
         if not equals or not dot or not key:

@@ -40,6 +40,7 @@ def nearest(word: str, valid: Iterable[str]) -> str | None:
     plain = word.lower().replace("-", "_")
 
     def distance(candidate: str) -> tuple[int, float]:
+        """(edits, -ratio), the least is the nearest; case, and - for _, make no difference."""
         other = candidate.lower().replace("-", "_")
         return edits(plain, other), -difflib.SequenceMatcher(None, plain, other).ratio()
 

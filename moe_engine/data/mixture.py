@@ -49,9 +49,11 @@ class Mixture:
         self.credits = [0.0] * len(weights)
 
     def state(self) -> dict[str, Any]:
+        """What the next draws depend on, apart from the seed; JSON-able."""
         return {"counts": list(self.counts), "credits": list(self.credits), "weights": list(self.weights)}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`, with its weights. The seed has to be the same for the same draws."""
         self.counts, self.credits = [int(n) for n in state["counts"]], [float(c) for c in state["credits"]]
         self.weights = [float(w) for w in state["weights"]]
 

@@ -71,6 +71,7 @@ class SampleOrder:
         return self.span(self._epoch(-1), start, min(start + self.seq_length + 1, self.dataset.tokens))
 
     def span(self, epoch: _Epoch, start: int, stop: int) -> Window:
+        """Tokens start .. stop - 1 of an epoch's stream, int64; DataError for an id outside the vocabulary."""
         tokens = np.empty(stop - start, np.int64)
         starts = np.zeros(stop - start, bool)
         at, place = start, int(np.searchsorted(epoch.ends, start, side="right"))

@@ -92,6 +92,7 @@ class ShardWriter:
         return tail, tail_lengths
 
     def close(self) -> list[dict[str, Any]]:
+        """Finish the shard that is open. The manifest's entry for each shard, in order."""
         if self.file is not None:
             self._finish_shard()
         return self.shards

@@ -29,6 +29,7 @@ class Outlet(io.FileIO):
     lost: OSError | None = None
 
     def write(self, data: Any, /) -> int:
+        """Bytes written: all of them, as far as the caller sees, once a write has failed. Never raises OSError."""
         while self.lost is None:
             try:
                 written = super().write(data)

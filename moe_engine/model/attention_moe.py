@@ -82,6 +82,7 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
+        """x[N, ...], index[M] int64 -> x[index], [M, ...]."""
         ctx.save_for_backward(index)
         ctx.shape = x.shape
         return x.index_select(0, index)
@@ -89,6 +90,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grad[M, ...] -> dx[N, ...], 0 in the rows that index leaves out."""
         (index,) = ctx.saved_tensors
         return grad.new_zeros(ctx.shape).index_copy_(0, index, grad), None
 

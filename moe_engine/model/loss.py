@@ -18,6 +18,7 @@ from moe_engine.parallel.mesh import Axis
 class _VocabCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TV: Tensor, label_T: Tensor, tp: Axis) -> Tensor:
+        """logits[T, V/tp], label[T] -> loss[T] fp32. Kept for backward: the logits, labels and lse[T] of whole rows."""
         first_id = tp.rank * logits_TV.shape[1]
         max_T, sumexp_T, target_T = cross_entropy_stats(logits_TV, label_T, first_id)
         if tp.size > 1:
@@ -32,6 +33,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_T: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grad[T], the same on all tp ranks -> dlogits[T, V/tp] in the dtype of logits, without communication."""
         logits_TV, label_T, lse_T = ctx.saved_tensors
         return cross_entropy_grad(logits_TV, label_T, ctx.first_id, lse_T, grad_T.contiguous()), None, None
 

@@ -24,6 +24,7 @@ class RMSNorm(nn.Module):
         self.weight = weight((width,), fill=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x[.., D] -> the same shape; the weight's gradient is summed over tp."""
         return F.rms_norm(x, (x.shape[-1],), copy_to(self.weight, self.tp), self.eps)
 
 
@@ -36,6 +37,7 @@ class WideNorm(nn.Module):
         self.weight = weight((width,), cut={0: tp}, fill=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x[.., H/tp, C] -> the same shape; squares are added up in fp32 or wider, then over tp."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = reduce_from(wide.square().sum((-2, -1), keepdim=True), self.tp)
         normed = wide * (copy_to(squares, self.tp) / self.width + self.eps).rsqrt()  # each rank's values use the sum

@@ -38,6 +38,7 @@ def recomputed(compute: Callable[..., Any], kind: str, *inputs: Any) -> Any:
     """compute(*inputs), whose activations backward computes again; `kind`: a key of KEPT."""
 
     def passes() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+        """The modes of the first pass and of the second, joined by the queues of kept results."""
         results = defaultdict(deque)
         return _Pass(kind, partial(_keep, results)), _Pass(kind, partial(_take, results))
 

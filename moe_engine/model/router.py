@@ -72,6 +72,8 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(experts) if biased else None, persistent=False)
 
     def forward(self, x_TD: Tensor) -> Routing:
+        """x[T/tp, D] -> the Routing of these tokens. In training mode `router_jitter_noise` first multiplies x by
+        numbers drawn evenly from 1 - noise to 1 + noise, in fp32."""
         if self.training and self.jitter:
             noise_TD = torch.empty_like(x_TD, dtype=torch.float32)
             x_TD = x_TD * noise_TD.uniform_(1 - self.jitter, 1 + self.jitter)

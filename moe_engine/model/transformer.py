@@ -52,6 +52,7 @@ class Block(nn.Module):
         self.ffn = MoE(config, mesh, keep_h) if sparse else DenseMLP(config, mesh, config.intermediate_size)
 
     def forward(self, x_TD: Tensor, at: Places) -> tuple[Tensor, Routing | None, Routing | None]:
+        """x[T/tp, D] -> x[T/tp, D]. The feed-forward experts' outputs travel back outside what is recomputed."""
         if self.recompute != "none" and torch.is_grad_enabled():
             found = recomputed(self.compute, self.recompute, x_TD, at)
         else:

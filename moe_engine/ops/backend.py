@@ -43,6 +43,8 @@ def on_cuda(folder: str, **ops: Any) -> None:
     for name, op in ops.items():
 
         def launch(*args: Any, name: str = name) -> Any:
+            """The function of that name in triton.py, or in reference.py if any tensor is fp64, on the device of the
+            first tensor."""
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
             module = "reference" if any(x.dtype == torch.float64 for x in tensors) else "triton"
             with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device

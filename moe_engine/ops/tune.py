@@ -66,6 +66,7 @@ class Tiles(NamedTuple):
     single: tuple[Tile, ...]  # fp32
 
     def candidates(self, dtype: torch.dtype) -> tuple[Tile, ...]:
+        """Those for this dtype on the GPU in use: `single` for fp32, whether multiplied exactly or as TF32."""
         if dtype == torch.float32:
             return self.single
         return self.hopper if 90 <= capability() < 120 else self.ampere

@@ -70,47 +70,55 @@ def _scatter_sum(x: Tensor, axis: Axis) -> Tensor:
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        """x[n/axis, ...] -> x[n, ...], in rank order."""
         ctx.axis = axis
         return gather_rows(x, axis)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grad[n, ...]{axis} -> dx[n/axis, ...], this rank's rows of the sum."""
         return _scatter_sum(grad, ctx.axis), None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        """x[n, ...]{axis} -> x[n/axis, ...], this rank's rows of the sum."""
         ctx.axis = axis
         return _scatter_sum(x, axis)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grad[n/axis, ...] -> dx[n, ...], the same on every rank."""
         return gather_rows(grad, ctx.axis), None
 
 
 class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        """x, as a view of the same storage; nothing is sent."""
         ctx.axis = axis
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grad{axis} -> its sum on every rank, in a copy: autograd may still use grad."""
         return sum_(grad.clone(), ctx.axis), None
 
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        """x{axis} -> its sum on every rank, in a copy."""
         return sum_(x.clone(), axis)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The gradient of a sum is that of each term, and every rank has it: nothing is sent."""
         return grad, None
 
 
@@ -124,6 +132,8 @@ class PendingRows:
         self.under_way: tuple[dist.Work, Tensor, Tensor] | None = None  # keeps both ends alive
 
     def launch(self, x: Tensor, send: list[int], recv: list[int]) -> Tensor:
+        """Begin to send x[sum(send), ...]; returns [sum(recv), ...], not to be read before `finish`. Backward swaps
+        send and recv."""
         x, out = x.contiguous(), x.new_empty(sum(recv), *x.shape[1:])
         work = dist.all_to_all_single(out, x, recv, send, group=self.axis.group, async_op=True)
         assert work is not None
@@ -131,6 +141,7 @@ class PendingRows:
         return out
 
     def finish(self) -> Tensor:
+        """Wait for what `launch` began, and return the rows that arrived. On CUDA the stream waits, not the host."""
         assert self.under_way is not None, "nothing is under way"
         work, _, out = self.under_way
         work.wait()
@@ -150,18 +161,21 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, pending: PendingRows) -> Tensor:
+        """x[sum(send), ...] -> [sum(recv), ...], still being filled."""
         ctx.pending = pending
         return pending.launch(x, pending.send, pending.recv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, unused: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """dx[sum(send), ...], which _Wait.backward has sent on its way."""
         return ctx.pending.finish(), None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, pending: PendingRows) -> Tensor:
+        """rows[sum(recv), ...], complete, as a view."""
         ctx.pending = pending
         pending.finish()
         return rows.view_as(rows)
@@ -169,6 +183,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Send grad[sum(recv), ...] back to the ranks whose rows these were; _Start.backward ignores the result."""
         ctx.pending.launch(grad, ctx.pending.recv, ctx.pending.send)
         return grad, None
 

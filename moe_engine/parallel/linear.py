@@ -21,6 +21,7 @@ class ColumnLinear(nn.Module):
         self.weight = weight((out_features, in_features), cut={0: tp}, std=std)
 
     def forward(self, x_TK: Tensor) -> Tensor:
+        """x[T, K], the same on all tp ranks -> y[T, N/tp]. dx[T, K]{tp} is left to the backward of what made x."""
         return F.linear(x_TK, self.weight)
 
 
@@ -32,6 +33,7 @@ class RowLinear(nn.Module):
         self.weight = weight((out_features, in_features), cut={1: tp}, std=std)
 
     def forward(self, x_TK: Tensor) -> Tensor:
+        """x[T, K/tp] -> y[T, N]{tp}."""
         return F.linear(x_TK, self.weight)
 
 
@@ -45,6 +47,7 @@ class VocabEmbedding(nn.Module):
         self.first_id = tp.cut(vocab_size).start
 
     def forward(self, token_T: Tensor) -> Tensor:
+        """token[T] int64, ids of the whole vocabulary -> x[T, D]{tp}; other ranks than the row's add 0."""
         if self.tp.size == 1:
             return F.embedding(token_T, self.weight)
         local_T = token_T - self.first_id

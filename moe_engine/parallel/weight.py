@@ -35,10 +35,12 @@ class WeightNote:
 
     @property
     def expert(self) -> bool:
+        """Whether the ep axis cuts the weight."""
         return any(axis.name == "ep" for axis in self.cut.values())
 
     @property
     def tensor_parallel(self) -> bool:
+        """Whether the tp axis cuts the weight; if not, each tp rank holds all of it."""
         return any(axis.name == "tp" for axis in self.cut.values())
 
     def local_slices(self) -> tuple[slice, ...]:

@@ -74,10 +74,13 @@ class _Walk:
         return first is path
 
     def file(self, path: Path) -> None:
+        """Take the file unless it was met before."""
         if self.is_new(path):
             self.files.append(path)
 
     def folder(self, top: Path) -> None:
+        """Take the files below `top` whose ending is read, sorted folder by folder, through links. DataError for a
+        folder that cannot be listed, for a pipe or broken link with such an ending, and for no file at all."""
         before = len(self.files) + len(self.again)
         for root, folders, names in os.walk(top, followlinks=True, onerror=_refuse):
             hidden = [name for name in folders + names if name.startswith(".")]
@@ -134,6 +137,7 @@ class _Zstd(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Bytes put into the buffer, at most 4 KiB; 0 at the end."""
         part = self.stream.read(min(len(buffer), 1 << 12))
         buffer[: len(part)] = part
         return len(part)

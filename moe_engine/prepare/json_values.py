@@ -83,6 +83,7 @@ class _Reader:
         self.decoder = json.JSONDecoder(object_pairs_hook=unique_fields)
 
     def layout(self, text_keys: tuple[str, ...]) -> Literal["values", "keyed", "lines"]:
+        """See json_layout. Tries the first value, then the beginnings of at most LINES_TRIED lines."""
         start = self.skip(BLANK)
         if start == "[":
             return "values"
@@ -105,6 +106,7 @@ class _Reader:
         return likely
 
     def rows(self, keyed: bool) -> Iterator[tuple[str, Any | BadValue]]:
+        """See json_rows. After a bad row it goes on where the next one may begin (`skip_row`)."""
         opened = ""  # the bracket that the rows are in
         prefix, ended_line = "", 0
         if keyed:

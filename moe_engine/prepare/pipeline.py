@@ -225,6 +225,7 @@ def _start_worker() -> None:
     assert parent is not None
 
     def follow() -> None:
+        """End this process at once when the parent has ended."""
         parent.join()
         os._exit(1)
 
@@ -289,6 +290,7 @@ class _Writer:
         self.domain: str | None = None
 
     def add(self, domain: str, encoded: Encoded) -> None:
+        """Write one group and add up its counts. A new domain closes the one before: its groups come in a row."""
         if domain != self.domain:
             self._close_domain()
             self.domain = domain

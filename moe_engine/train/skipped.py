@@ -50,6 +50,7 @@ def bad_gradients(engine: Engine, terms: Sequence[Term], batches: Sequence[Batch
     bad: set[int] = set()
 
     def stand_in(i: int, parameter: Tensor) -> Tensor:
+        """A leaf on the memory of the i-th parameter, with its hooks; i goes to `bad` if its gradient is not finite."""
         twin = parameter.detach().requires_grad_()
         for hook in (parameter._backward_hooks or {}).values():  # what acts on the weight's gradient acts here too
             twin.register_hook(hook)

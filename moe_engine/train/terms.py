@@ -68,12 +68,15 @@ class LanguageModelLoss(Term):
         self.domains = domains
 
     def count(self, batch: Batch) -> Tensor:
+        """Labelled tokens of this micro-batch."""
         return (batch.labels_BS != IGNORE).sum()
 
     def total(self, batch: Batch, output: Output, load: Sequence[Tensor] | None) -> Tensor:
+        """The sum of -log p of the labels, in nats."""
         return output.loss_T.sum()
 
     def measures(self, batch: Batch, output: Output) -> Mapping[str, Measure]:
+        """labelled_tokens, a sum; domain_loss/NAME for each domain, in nats a labelled token of it."""
         found = {"labelled_tokens": Measure(self.count(batch))}
         loss_B = output.loss_T.view(batch.labels_BS.shape).sum(1).double()
         labelled_B = (batch.labels_BS != IGNORE).sum(1)
@@ -98,9 +101,12 @@ class BalancingLoss(Term):
         self.names = load_names(config)
 
     def total(self, batch: Batch, output: Output, load: Sequence[Tensor] | None) -> Tensor:
+        """The mean per token times B * S, the count: micro-batches weigh by their tokens."""
         return batch.tokens_BS.numel() * balance_loss(self.kind, output.stats, load)
 
     def measures(self, batch: Batch, output: Output) -> Mapping[str, Measure]:
+        """aux_loss_hf; expert_load and attention_load, shares [N, E] that sum to 1 in each of N layers; dropped int64
+        [N], of the feed-forward layers."""
         tokens = self.count(batch)
         found = {"aux_loss_hf": Measure(tokens * balance_loss("hf_mixtral", output.stats), tokens)}
         for name, stats in zip(self.names, output.stats, strict=True):
@@ -120,6 +126,7 @@ class RouterZLoss(Term):
         self.coefficient = config.router_z_loss_coef
 
     def total(self, batch: Batch, output: Output, load: Sequence[Tensor] | None) -> Tensor:
+        """The mean per token times B * S, the count."""
         return batch.tokens_BS.numel() * z_loss(output.stats)
 
 

@@ -60,10 +60,12 @@ class ZeroEngine(Engine):
                 router.expert_bias = router.expert_bias.float()
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        """As in Engine; the factor undoes DeepSpeed's average over the data ranks."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.mesh.data.size, scale_wrt_gas=False)
 
     def step(self, lr: float) -> StepOutcome:
+        """As in Engine, but from stage 1 on DeepSpeed clips and decides what to skip."""
         if self.flat is None:
             return super().step(lr)
         for group in self.optimizer.param_groups:
@@ -75,6 +77,7 @@ class ZeroEngine(Engine):
         return StepOutcome(math.nan if skipped else norm, skipped)
 
     def gradients(self) -> dict[str, Tensor]:
+        """As in Engine, put together from the partitions of the data ranks."""
         if self.flat is None:
             return super().gradients()
         return {name: safe_get_full_grad(p) for p, name in self.names.items()}  # pyright: ignore[reportReturnType]
@@ -83,6 +86,8 @@ class ZeroEngine(Engine):
         self.engine.destroy()
 
     def owned(self) -> Iterator[OwnedSlice]:
+        """As in Engine, from stage 1 on as views of DeepSpeed's flat fp32 partitions. One parameter may lie on several
+        ranks, and a rank yields only those of which it has elements."""
         if self.flat is None:
             yield from super().owned()
             return
@@ -109,6 +114,7 @@ class ZeroEngine(Engine):
         return flat, slice(address.start, address.start + address.numel), mapping.lp_fragment_address.start
 
     def create_optimizer_states(self) -> None:
+        """As in Engine, from stage 1 on for the flat partitions: DeepSpeed steps those, not the masters."""
         if self.flat is None:
             return super().create_optimizer_states()
         make_moments(self.flat.optimizer, self._flat_masters())
@@ -120,6 +126,7 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def weights_from_masters(self) -> None:
+        """As in Engine, from stage 1 on from the flat partitions; at stage 0 the weights are what AdamW steps."""
         if self.stage == 3:
             for low, master in zip(self.flat.fp16_partitioned_groups_flat, self._flat_masters(), strict=True):
                 low.copy_(master)
@@ -180,6 +187,7 @@ class _ModelParallelUnit:
         return self.tp.size
 
     def get_data_parallel_group(self):
+        """The data axis, or a group of this rank alone where it has size 1: None would be the world to torch."""
         return self.data_group
 
     def get_data_parallel_rank(self) -> int:

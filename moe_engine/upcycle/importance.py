@@ -111,6 +111,7 @@ def _layers(model: Transformer, batch: Batch, variant: Variant) -> tuple[Iterato
         grads = torch.autograd.grad(loss_T.sum(), [h[i] for i in layers])
 
     def each() -> Iterator[_Layer]:
+        """Layer by layer, so that the fp64 values of one are held at a time."""
         for layer, grad_TF in enumerate(grads):
             value_TF = grad_TF.double() if variant == "feature_grad" else grad_TF.double() * h[layer].detach()
             yield _Layer(x[layer].detach(), value_TF if variant == "total" else value_TF.abs())

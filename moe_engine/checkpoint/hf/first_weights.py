@@ -54,6 +54,7 @@ def check_finite(source: HfFolder | Reader, found: list[str], world: Axis) -> No
     names = {name for part in gather_bytes(json.dumps(found).encode(), world) for name in json.loads(part)}
 
     def refuse() -> None:
+        """Raise the error that says, for each tensor, what is not finite; rank 0 reads them again for it."""
         raise refusal(source, count_in(source, sorted(names)), REMEDY)
 
     if names and not let_in(source):

@@ -87,6 +87,8 @@ def write_hf(
     scale = 1.0 if "scale_factor" in FAMILIES[target.family].more else model.routed_scaling_factor
 
     def make(names: list[str]) -> Callable[[Path], tuple[Digest, dict[str, str]]]:
+        """What Partial.write calls for the shard of these tensors: digest and hashes of what it wrote."""
+
         def write(path: Path) -> tuple[Digest, dict[str, str]]:
             hashes: dict[str, str] = {}
 

@@ -15,6 +15,7 @@ WIDE = 4096
 
 @triton.jit
 def cross_entropy_stats_kernel(logits, label, largest, sumexp, target, V, first_id, WIDE: tl.constexpr):
+    """One program per row of logits[T, V], read WIDE columns at a time: its maximum, sum of exponentials and target."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
@@ -35,6 +36,7 @@ def cross_entropy_stats_kernel(logits, label, largest, sumexp, target, V, first_
 
 @triton.jit
 def cross_entropy_grad_kernel(logits, label, lse, grad, out, V, first_id, WIDE: tl.constexpr):
+    """Program (row, i) writes WIDE columns of out[row] = (exp(logits - lse) - [column is the label]) * grad[row]."""
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     wanted = tl.load(label + row)
     x = tl.load(logits + row * V + c, mask=c < V, other=0.0).to(tl.float32)
@@ -43,6 +45,7 @@ def cross_entropy_grad_kernel(logits, label, lse, grad, out, V, first_id, WIDE: 
 
 
 def cross_entropy_stats(logits: Tensor, label: Tensor, first_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(max_T, sumexp_T, target_T) in fp32. A row of -inf alone has sumexp 0, where the reference has NaN."""
     logits, (tokens, V) = logits.contiguous(), logits.shape
     largest, sumexp, target = (logits.new_empty(tokens, dtype=torch.float32) for _ in range(3))
     if tokens:
@@ -54,6 +57,7 @@ def cross_entropy_stats(logits: Tensor, label: Tensor, first_id: int) -> tuple[T
 
 
 def cross_entropy_grad(logits: Tensor, label: Tensor, first_id: int, lse: Tensor, grad: Tensor) -> Tensor:
+    """dlogits_TV in the dtype of logits; lse_T and grad_T are fp32."""
     logits, (tokens, V) = logits.contiguous(), logits.shape
     out = torch.empty_like(logits)
     if out.numel():

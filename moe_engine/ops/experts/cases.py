@@ -34,6 +34,7 @@ def _case(tokens: int, d: int, f: int, e: int, k: int, choice: str, keep_h: bool
     name = f"T{tokens} D{d} F{f} E{e} k{k} {choice}" + " recompute" * (not keep_h)
 
     def inputs(dtype: torch.dtype) -> tuple:
+        """Weights of dropped assignments are 0, as the router leaves them."""
         generator = seeded(name)
         index = index_of(tokens, e, k, choice, generator)
         x, w_in = torch.randn(tokens, d, generator=generator), torch.randn(e, 2 * f, d, generator=generator)

@@ -12,6 +12,7 @@ def experts(
     x: Tensor, weight: Tensor, w_gate_up: Tensor, w_down: Tensor, counts: Tensor, assignment_of_row: Tensor,
     row_of: Tensor, keep_h: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y_TD, h_R(2F)); h has no rows unless keep_h. The weight multiplies the activation before it is rounded."""
     h = grouped_mm(permute(x, assignment_of_row, row_of), w_gate_up, counts)
     a = (_swiglu(h) * weight.flatten()[assignment_of_row][:, None]).to(x.dtype)
     y = unpermute(grouped_mm(a, w_down, counts), assignment_of_row, row_of)
@@ -22,6 +23,8 @@ def experts_backward(
     grad: Tensor, x: Tensor, weight: Tensor, w_gate_up: Tensor, w_down: Tensor, counts: Tensor,
     assignment_of_row: Tensor, row_of: Tensor, h: Tensor, need_x: bool, need_matrices: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx_TD, dweight_TK, dw_gate_up, dw_down); dx and the matrices' have no elements if not needed. An h without rows
+    is computed again. dweight = sum_F da * silu(g) * u needs no division by the weight."""
     rows = permute(x, assignment_of_row, row_of)
     if not len(h):
         h = grouped_mm(rows, w_gate_up, counts)

@@ -63,6 +63,8 @@ def up_kernel(
     KEEP: tl.constexpr, ACTIVATE: tl.constexpr, BY: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr,
     PRECISION: tl.constexpr, m: tl.constexpr, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr,
 ):  # fmt: skip
+    """h[R, 2F] if KEEP and a[R, F] if ACTIVATE, m rows by n columns of gate and the same n of up at a time; w is
+    [2E, F, D], a descriptor if TMA. BY is K."""
     start_E, end_E, tiles_E = experts_of(counts, rows, experts, m, E_PAD)
     n_tiles = tl.cdiv(F, n)
     for tile in tl.range(tl.program_id(0), tl.max(tiles_E, 0) * n_tiles, tl.num_programs(0)):
@@ -123,6 +125,8 @@ def down_kernel(
     BY: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, PRECISION: tl.constexpr,
     m: tl.constexpr, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr,
 ):  # fmt: skip
+    """dh[R, 2F], a[R, F] and dweight[R, tiles of F], whose columns the caller adds up; m rows by n columns at a time. w
+    is [E * D, F], a descriptor if TMA. dweight is in order of assignments. BY is K."""
     start_E, end_E, tiles_E = experts_of(counts, rows, experts, m, E_PAD)
     n_tiles = tl.cdiv(F, n)
     for tile in tl.range(tl.program_id(0), tl.max(tiles_E, 0) * n_tiles, tl.num_programs(0)):
@@ -161,10 +165,13 @@ class Layer:
         self.by, self.rows, self.experts, self.D, self.F = row_of.shape[1], len(of_row), len(counts), x.shape[1], F
 
     def choose(self, name: str, tiles: Tiles, run: Callable[[Tile], object]) -> Tile:
+        """The tile for this dtype, D, F, K and mean rows per expert, by tune.choose, which may call run."""
         sizes = (self.D, self.F, self.by)
         return tune.choose(name, self.x.device, self.x.dtype, sizes, self.rows / self.experts, tiles, run)
 
     def grid(self, tile: Tile) -> tuple[int]:
+        """The grid of a persistent launch over [R, F], from an upper bound of its tiles: each expert may end within
+        one."""
         tiles = (triton.cdiv(self.rows, tile.m) + self.experts) * triton.cdiv(self.F, tile.n)
         return grouped.programs(self.x.device, tiles, tile.programs)
 
@@ -223,6 +230,7 @@ def experts(
     x: Tensor, weight: Tensor, w_gate_up: Tensor, w_down: Tensor, counts: Tensor, assignment_of_row: Tensor,
     row_of: Tensor, keep_h: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y_TD, h_R(2F)); h has no rows unless keep_h."""
     layer = Layer(x, weight, counts, assignment_of_row, row_of, w_down.shape[2])
     h, a = layer.up(w_gate_up, keep=keep_h, activate=True)
     return layer.sum(a, w_down, transposed=True), h
@@ -232,6 +240,8 @@ def experts_backward(
     grad: Tensor, x: Tensor, weight: Tensor, w_gate_up: Tensor, w_down: Tensor, counts: Tensor,
     assignment_of_row: Tensor, row_of: Tensor, h: Tensor, need_x: bool, need_matrices: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx_TD, dweight_TK, dw_gate_up, dw_down); what is not needed has no elements. An h without rows is computed
+    again, and dh then overwrites it."""
     layer = Layer(x, weight, counts, assignment_of_row, row_of, w_down.shape[2])
     again = not h.shape[0]
     if again:

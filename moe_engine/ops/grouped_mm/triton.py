@@ -80,6 +80,8 @@ def matmul_kernel(
     TRANSPOSED: tl.constexpr, SCATTER: tl.constexpr, TMA: tl.constexpr, E_PAD: tl.constexpr, PRECISION: tl.constexpr,
     m: tl.constexpr, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr,
 ):  # fmt: skip
+    """out[R, N] = a[R, K] times the matrix of the row's expert, m x n at a time; b is [E * N, K] if TRANSPOSED, else
+    [E * K, N]. With SCATTER row r goes to out[of_row[r]]."""
     start_E, end_E, tiles_E = experts_of(counts, rows, experts, m, E_PAD)
     n_tiles = tl.cdiv(N, n)
     for tile in tl.range(tl.program_id(0), tl.max(tiles_E, 0) * n_tiles, tl.num_programs(0)):
@@ -107,6 +109,8 @@ def dw_kernel(
     A_BY: tl.constexpr, B_BY: tl.constexpr, E_PAD: tl.constexpr, PRECISION: tl.constexpr,
     m: tl.constexpr, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr,
 ):  # fmt: skip
+    """out[E, N, K], m x n of one expert at a time, summed k rows a step. A_BY and B_BY: how rows of a and b are found
+    (`offsets`)."""
     e_E = tl.arange(0, E_PAD)
     count_E = tl.load(counts + e_E, mask=e_E < experts, other=0)
     m_tiles, n_tiles = tl.cdiv(N, m), tl.cdiv(K, n)
@@ -208,12 +212,15 @@ def dw(a: Tensor, b: Tensor, counts: Tensor, of_row: Tensor, a_by: int = 0, b_by
 
 
 def grouped_mm(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+    """y_RN = x_RK times w_ENK transposed, in the dtype of x."""
     return matmul(x, w, counts, transposed=True)
 
 
 def grouped_mm_dx(grad: Tensor, w: Tensor, counts: Tensor) -> Tensor:
+    """dx_RK = grad_RN times w_ENK, in the dtype of grad."""
     return matmul(grad, w, counts, transposed=False)
 
 
 def grouped_mm_dw(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    """dw_ENK from grad_RN and x_RK, in the dtype of grad."""
     return dw(grad, x, counts, of_row=counts)  # not read

@@ -22,6 +22,7 @@ BLOCK, SCAN, WIDE = 128, 256, 1024
 
 @triton.jit(do_not_specialize=["total"])
 def count_kernel(index, in_block, total, experts, BLOCK: tl.constexpr, E_PAD: tl.constexpr):
+    """One program per block of BLOCK assignments: in_block[block, e] is how many of them chose e = 0 .. E."""
     block, e = tl.program_id(0), tl.arange(0, E_PAD)
     i = block * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(index + i, mask=i < total, other=E_PAD)
@@ -31,6 +32,8 @@ def count_kernel(index, in_block, total, experts, BLOCK: tl.constexpr, E_PAD: tl
 
 @triton.jit(do_not_specialize=["blocks"])
 def scan_kernel(in_block, counts, blocks, experts, SCAN: tl.constexpr):
+    """One program per e = 0 .. E: in_block[:, e] becomes its exclusive sum over blocks, in place; counts[e], the
+    total."""
     e, before = tl.program_id(0), 0
     for first in range(0, blocks, SCAN):
         b = first + tl.arange(0, SCAN)
@@ -45,6 +48,7 @@ def scan_kernel(in_block, counts, blocks, experts, SCAN: tl.constexpr):
 def place_kernel(
     index, before_block, counts, assignment_of_row, row_of, total, experts, BLOCK: tl.constexpr, E_PAD: tl.constexpr
 ):
+    """One program per block of BLOCK assignments: the row of each, and at that row the number of the assignment."""
     block, e, j = tl.program_id(0), tl.arange(0, E_PAD), tl.arange(0, BLOCK)
     i = block * BLOCK + j
     expert = tl.load(index + i, mask=i < total, other=E_PAD)
@@ -60,6 +64,7 @@ def place_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def permute_kernel(x, out, of_row, rows, D, BY: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """out[r] = x[of_row[r] // BY] for ROWS rows by WIDE columns a program; BY is K."""
     r, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     inside = (r < rows)[:, None] & (d < D)[None, :]
     token = (tl.load(of_row + r, mask=r < rows, other=0) // BY).to(tl.int64)
@@ -69,6 +74,7 @@ def permute_kernel(x, out, of_row, rows, D, BY: tl.constexpr, ROWS: tl.constexpr
 
 @triton.jit(do_not_specialize=["tokens"])
 def unpermute_kernel(rows, out, row_of, tokens, D, BY: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """out[t] = sum of the BY rows[row_of[t, :]], in fp32, for ROWS tokens by WIDE columns a program; BY is K."""
     t, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     inside, at = (t < tokens)[:, None] & (d < D)[None, :], t.to(tl.int64)
     total = tl.zeros((ROWS, WIDE), tl.float32)
@@ -79,6 +85,8 @@ def unpermute_kernel(rows, out, row_of, tokens, D, BY: tl.constexpr, ROWS: tl.co
 
 
 def sort_by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(counts_E, assignment_of_row_R, row_of_TK) int32. Inside, counts has a place E for the dropped; the result is a
+    copy without it."""
     index, total = index.contiguous(), index.numel()
     blocks, e_pad = triton.cdiv(total, BLOCK), triton.next_power_of_2(num_experts + 1)
     in_block, counts = index.new_empty(blocks, num_experts + 1), index.new_empty(num_experts + 1)
@@ -94,6 +102,7 @@ def sort_by_expert(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
 
 
 def permute(x: Tensor, assignment_of_row: Tensor, row_of: Tensor) -> Tensor:
+    """rows_RD in the dtype of x. Of row_of only K is read."""
     x, rows, D = x.contiguous(), assignment_of_row.shape[0], x.shape[1]
     out = x.new_empty(rows, D)
     if out.numel():
@@ -103,6 +112,7 @@ def permute(x: Tensor, assignment_of_row: Tensor, row_of: Tensor) -> Tensor:
 
 
 def unpermute(rows: Tensor, assignment_of_row: Tensor, row_of: Tensor) -> Tensor:
+    """y_TD in the dtype of rows, summed in fp32. assignment_of_row is not read."""
     rows, (tokens, k), D = rows.contiguous(), row_of.shape, rows.shape[1]
     out = rows.new_empty(tokens, D)
     if out.numel():

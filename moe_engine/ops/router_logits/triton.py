@@ -20,6 +20,8 @@ STRETCH, STRETCHES = 1024, 32  # at least so many tokens in a stretch, at most s
 def router_logits_kernel(
     x, w, logits, tokens, experts, D, WIDEN: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, E_PAD: tl.constexpr
 ):
+    """ROWS tokens by all experts a program, DEPTH of D at a time. E_PAD: the experts padded to a power of two, 16 or
+    more. WIDEN: operands become fp32 before the product."""
     t, e, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, E_PAD), tl.arange(0, DEPTH)
     sums = tl.zeros((ROWS, E_PAD), tl.float32)
     for first in range(0, D, DEPTH):
@@ -40,6 +42,7 @@ def router_dx_kernel(
     grad, w, dx, tokens, experts, D, PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
+    """dx = grad[T, E] @ w[E, D], ROWS tokens by WIDE columns a program, DEPTH experts at a time."""
     t, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     sums = tl.zeros((ROWS, WIDE), tl.float32)
     for first in range(0, experts, DEPTH):
@@ -59,6 +62,8 @@ def router_dw_kernel(
     grad, x, parts, tokens, experts, D, stretch, PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
+    """parts[s] = grad.T @ x over the `stretch` tokens from s * stretch on, ROWS experts by WIDE columns a program;
+    parts is fp32 [stretches, E, D]."""
     e, d = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(2) * WIDE + tl.arange(0, WIDE)
     first = tl.program_id(0) * stretch
     sums = tl.zeros((ROWS, WIDE), tl.float32)
@@ -77,6 +82,7 @@ def router_dw_kernel(
 
 
 def router_logits(x: Tensor, w: Tensor) -> Tensor:
+    """logits_TE fp32. 16-bit operands of one dtype go to the matrix cores as they are."""
     x, w, (tokens, D), experts = x.contiguous(), w.contiguous(), x.shape, w.shape[0]
     logits = x.new_empty(tokens, experts, dtype=torch.float32)
     if tokens:
@@ -89,6 +95,8 @@ def router_logits(x: Tensor, w: Tensor) -> Tensor:
 
 
 def router_logits_backward(grad: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
+    """(dx_TD, dw_ED) in the dtypes of x and w; one that is not needed has no elements. dw is the sum of at most 32 fp32
+    parts of [E, D]."""
     grad, x, w, (tokens, D), experts = grad.contiguous(), x.contiguous(), w.contiguous(), x.shape, w.shape[0]
     dx, dw = x.new_empty(x.shape if need_x else 0), w.new_empty(w.shape if need_w else 0)
     precision, options = tune.mixed_precision(x.dtype), tune.launch_options(2)

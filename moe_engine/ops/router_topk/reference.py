@@ -7,6 +7,8 @@ from torch import Tensor
 def router_topk(
     logits: Tensor, k: int, renormalize: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(weight_TK, index_TK int32, probs_TE, lse_T). The choice is a stable descending sort of softmax(logits) + bias;
+    the weights are the unbiased probabilities, divided by their sum over K if renormalize."""
     probs = torch.softmax(logits, dim=-1)
     score = probs if bias is None else probs + bias
     index = torch.sort(score, dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
@@ -19,6 +21,10 @@ def router_topk(
 def router_topk_backward(
     grad_weight: Tensor, grad_probs: Tensor, grad_lse: Tensor, index: Tensor, probs: Tensor, renormalize: bool
 ) -> Tensor:
+    """dlogits = p * (g - sum_E g * p + grad_lse), g = grad_probs with grad_weight added at index.
+
+    With renormalize, grad_weight is first (grad_weight - sum_K grad_weight * w) / s, w = p[index] / s, s = sum_K
+    p[index]."""
     index = index.long()
     if renormalize:
         chosen = probs.gather(-1, index)

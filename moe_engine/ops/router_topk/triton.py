@@ -18,6 +18,8 @@ def router_topk_kernel(
     K: tl.constexpr, RENORMALIZE: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, E_PAD: tl.constexpr,
     K_PAD: tl.constexpr,
 ):  # fmt: skip
+    """ROWS rows of logits[T, E] a program -> weight[T, K], index[T, K], probs[T, E], lse[T]. E_PAD and K_PAD are E and
+    K padded to powers of two. bias[E] is read only if BIASED."""
     t, e, choice = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, E_PAD), tl.arange(0, K_PAD)
     there, at = t < tokens, t.to(tl.int64)[:, None]
     inside = there[:, None] & (e < experts)[None, :]
@@ -53,6 +55,8 @@ def router_topk_backward_kernel(
     grad_weight, grad_probs, grad_lse, index, probs, grad, tokens, experts,
     K: tl.constexpr, RENORMALIZE: tl.constexpr, ROWS: tl.constexpr, E_PAD: tl.constexpr,
 ):  # fmt: skip
+    """ROWS rows a program: grad[T, E] of the logits by the formula in reference.py; K passes over index stand for its
+    scatter."""
     t, e = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, E_PAD)
     there, at = t < tokens, t.to(tl.int64)
     inside, place = there[:, None] & (e < experts)[None, :], at[:, None] * experts + e[None, :]
@@ -83,6 +87,7 @@ def _rows(e_pad: int) -> int:
 def router_topk(
     logits: Tensor, k: int, renormalize: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(weight_TK, index_TK int32, probs_TE, lse_T) from one launch."""
     logits = logits.contiguous()
     tokens, experts = logits.shape
     weight, index = logits.new_empty(tokens, k), logits.new_empty(tokens, k, dtype=torch.int32)
@@ -98,6 +103,7 @@ def router_topk(
 def router_topk_backward(
     grad_weight: Tensor, grad_probs: Tensor, grad_lse: Tensor, index: Tensor, probs: Tensor, renormalize: bool
 ) -> Tensor:
+    """dlogits_TE, fp32 like probs."""
     (tokens, experts), grad, e_pad = probs.shape, torch.empty_like(probs), triton.next_power_of_2(probs.shape[1])
     if tokens:
         router_topk_backward_kernel[(triton.cdiv(tokens, _rows(e_pad)),)](

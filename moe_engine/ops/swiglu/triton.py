@@ -12,6 +12,7 @@ WIDE = 1024
 
 @triton.jit
 def swiglu_kernel(gate_up, y, F, WIDE: tl.constexpr):
+    """Program (row, i) writes WIDE columns of y[row, F] from gate_up[row, 2F]."""
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     gate = tl.load(gate_up + row * 2 * F + c, mask=c < F, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * F + F + c, mask=c < F, other=0.0).to(tl.float32)
@@ -20,6 +21,7 @@ def swiglu_kernel(gate_up, y, F, WIDE: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_kernel(grad, gate_up, out, F, WIDE: tl.constexpr):
+    """Program (row, i) writes WIDE columns of d_gate and the same of d_up in out[row, 2F]; grad is [R, F]."""
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     d = tl.load(grad + row * F + c, mask=c < F, other=0.0).to(tl.float32)
     gate = tl.load(gate_up + row * 2 * F + c, mask=c < F, other=0.0).to(tl.float32)
@@ -31,6 +33,7 @@ def swiglu_backward_kernel(grad, gate_up, out, F, WIDE: tl.constexpr):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
+    """y_RF in the dtype of gate_up."""
     gate_up, (rows, F) = gate_up.contiguous(), (gate_up.shape[0], gate_up.shape[1] // 2)
     y = gate_up.new_empty(rows, F)
     if y.numel():
@@ -40,6 +43,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of gate_up, [R, 2F]. The sigmoid is computed again: forward keeps gate_up alone."""
     grad, gate_up, (rows, F) = grad.contiguous(), gate_up.contiguous(), grad.shape
     out = torch.empty_like(gate_up)
     if out.numel():

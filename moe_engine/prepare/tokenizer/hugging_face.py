@@ -42,6 +42,7 @@ def hugging_face(spec: str, files: Files, settings: Settings) -> Tokenizer:
         return model.decode(ids, skip_special_tokens=False)
 
     def plain(text: str) -> list[int]:
+        """Ids by the vocabulary file alone, without the class that transformers puts around it."""
         return raw.encode(text, add_special_tokens=False).ids
 
     other = difference(encode, plain) if JSON in files else None
@@ -53,6 +54,8 @@ def hugging_face(spec: str, files: Files, settings: Settings) -> Tokenizer:
         )
 
     def kept() -> dict[str, bytes]:
+        """The folder's files as they are, if tokenizer.json alone splits text as transformers does; else a
+        tokenizer.json made of what transformers loaded takes the place of the vocabulary files."""
         if JSON in files and not other:
             known_class = settings[CONFIG].get("tokenizer_class") or ANY_CLASS
             return kept_of(files, settings, special, texts, tokenizer_class=known_class)

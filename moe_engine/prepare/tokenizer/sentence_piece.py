@@ -36,9 +36,11 @@ def sentence_piece(spec: str, files: Files, settings: Settings) -> Tokenizer:
     special = special_of(spec, settings, known.get, lambda i: texts.get(i, str(i)), size, usual)
 
     def decode(ids: list[int]) -> str:
+        """Without the added tokens, whose ids are past the model's pieces."""
         return model.decode([i for i in ids if i < len(pieces)])
 
     def kept() -> dict[str, bytes]:
+        """The files, with a tokenizer.json made of the model where one splits text alike."""
         content = tokenizer_json(files[MODEL], added, model.encode)
         whole = files if content is None else {**files, JSON: content}
         return kept_of(whole, settings, special, texts, tokenizer_class=ANY_CLASS if content else None)

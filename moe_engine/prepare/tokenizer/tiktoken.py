@@ -48,6 +48,7 @@ def tiktoken(spec: str, files: Files, settings: Settings) -> Tokenizer:
     encoding = Encoding(name="llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=added)
 
     def encode(text: str) -> list[int]:
+        """Long text is cut where Llama 3's own tokenizer cuts it."""
         if len(text) <= 25_000:
             return encoding.encode_ordinary(text)
         ids = []
@@ -62,6 +63,7 @@ def tiktoken(spec: str, files: Files, settings: Settings) -> Tokenizer:
     name = fingerprint(pieces, encode, special.eos_id)
 
     def kept() -> dict[str, bytes]:
+        """The files, with a tokenizer.json in place of the ranks."""
         content = tokenizer_json(files[MODEL], added, encode)
         assert content is not None  # transformers splits ranks as Llama 3 does
         whole = {name: content for name, content in files.items() if name != MODEL} | {JSON: content}
