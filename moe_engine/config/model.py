@@ -45,7 +45,7 @@ class Model(Section):
 
     on_resume: ClassVar[OnResume] = "same"  # weights of one model are of no use to another
 
-    vocab_size: Size = setting(..., "ids; more than the largest in the text, and a multiple of tp")
+    vocab_size: Size = setting(..., "number of ids; more than the largest id in the text, and a multiple of tp")
     hidden_size: Size = setting(..., "width D")
     intermediate_size: Size = setting(
         ..., "width of dense FFNs, and of experts unless `moe_intermediate_size` is given"
@@ -53,14 +53,16 @@ class Model(Section):
     num_hidden_layers: Size = setting(..., "decoder layers")
     num_attention_heads: Size = setting(..., "query heads")
     num_key_value_heads: Size = setting(
-        ..., "key and value heads; as many as query heads", default_factory=lambda given: given["num_attention_heads"]
+        ...,
+        "key and value heads; derived: as many as query heads",
+        default_factory=lambda given: given["num_attention_heads"],
     )
     head_dim: Size = setting(
         ...,
-        "hidden_size / heads; even",
+        "size of a head, even; derived: hidden_size / heads",
         default_factory=lambda given: max(given["hidden_size"] // given["num_attention_heads"], 1),
     )
-    rms_norm_eps: Positive = setting(1e-5, "of every RMSNorm")
+    rms_norm_eps: Positive = setting(1e-5, "epsilon of every RMSNorm")
     qk_norm: Literal["none", "head", "projection"] = setting(
         "none",
         (
@@ -77,25 +79,28 @@ class Model(Section):
         ),
     )
     max_position_embeddings: Size = setting(4096, "the longest `train.seq_length`", in_training_only=True)
-    tie_word_embeddings: bool = setting(False, "the head is the embedding")
+    tie_word_embeddings: bool = setting(False, "the head shares the embedding's weights")
     initializer_range: Positive = setting(
-        0.02, "standard deviation of starting weights, all matrices", in_training_only=True
+        0.02, "standard deviation of the initial weights of all matrices", in_training_only=True
     )
 
-    num_local_experts: Count = setting(0, "experts of an MoE layer; 0 is a dense model")
-    num_experts_per_tok: Size = setting(2, "experts of a token, top-k", idle=(no_experts,))
+    num_local_experts: Count = setting(0, "experts per MoE layer; 0: a dense model")
+    num_experts_per_tok: Size = setting(2, "experts per token, top-k", idle=(no_experts,))
     moe_intermediate_size: Size = setting(
         ...,
-        "width of an expert; `intermediate_size`",
+        "width of an expert; derived: `intermediate_size`",
         default_factory=lambda given: given["intermediate_size"],
         idle=(no_experts,),
     )
     shared_intermediate_size: Count = setting(
         0,
-        "width of an expert that every token of an MoE layer visits beside the chosen ones, unweighted; 0: none",
+        (
+            "width of the shared expert, which every token of an MoE layer visits, unweighted, beside the "
+            "chosen ones; 0: none"
+        ),
         idle=(no_experts,),
     )
-    norm_topk_prob: bool = setting(True, "the weights of the chosen experts are scaled to sum 1", idle=(no_experts,))
+    norm_topk_prob: bool = setting(True, "scale the weights of the chosen experts to sum to 1", idle=(no_experts,))
     moe_layers: Literal["all"] | tuple[Count, ...] = setting(
         "all", "`all`, or a list of the layers (from 0) that hold experts; the others are dense"
     )
@@ -104,17 +109,14 @@ class Model(Section):
     )
     capacity_factor: Positive | None = setting(
         None,
-        (
-            "drop what lies past ceil(factor * assignments / experts) rows of an expert, per rank and "
-            "micro-batch; null: dropless"
-        ),
+        ("drop an expert's rows beyond ceil(factor * assignments / experts), per rank and micro-batch; null: dropless"),
         on_resume="warn",
         in_training_only=True,
         idle=(no_experts, roomy),
     )
     router_jitter_noise: Annotated[float, Field(ge=0, lt=1)] = setting(
         0.0,
-        "training only: the router's input times uniform(1 - x, 1 + x)",
+        "x: in training, the router's input is multiplied by uniform(1 - x, 1 + x)",
         on_resume="warn",
         in_training_only=True,
         idle=(no_router,),
@@ -145,7 +147,7 @@ class Model(Section):
     )
     expert_bias_update_rate: NonNegative = setting(
         0.0,
-        "bias that steers the choice of experts, moved by this much a step against the load; 0: no bias",
+        "each step moves a bias on the choice of experts by this much against the load; 0: no bias",
         in_training_only=True,
         idle=(no_experts,),
     )
@@ -153,13 +155,13 @@ class Model(Section):
     num_attention_experts: Count = setting(
         0,
         (
-            "experts of an attention MoE layer, each a kv head with its query heads: a divisor of "
+            "experts per attention MoE layer, each a kv head with its query heads: a divisor of "
             "`num_attention_heads` and a multiple of `num_key_value_heads`; 0: dense attention"
         ),
         idle=(no_attention_layers,),
     )
     num_attention_experts_per_tok: Size = setting(
-        2, "attention experts of a token; their weights sum to 1", idle=(no_attention_experts,)
+        2, "attention experts per token; their weights sum to 1", idle=(no_attention_experts,)
     )
     attention_moe_layers: Literal["all"] | tuple[Count, ...] = setting(
         "all",

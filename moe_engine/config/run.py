@@ -40,7 +40,7 @@ class Parallel(Section):
 
     dp: Size = setting(
         1,
-        "replicas of each expert: ranks / (ep * tp)",
+        "replicas of each expert; derived: ranks / (ep * tp)",
         flag=("N", "replicas of each expert (default: ranks / (ep * tp))"),
         derived=True,
     )
@@ -55,21 +55,21 @@ class Parallel(Section):
     )
     replicate_attention_experts: bool = setting(
         False,
-        "attention experts whole on every ep rank: their rows do not travel over ep",
+        "keep all attention experts on every ep rank, so that no rows travel over ep for them",
         idle=(attention_experts_not_cut,),
     )
     offload_optimizer: bool = setting(
         False,
-        "optimizer states in host memory; needs zero 1, 2 or 3",
+        "keep optimizer states in host memory; needs zero 1, 2 or 3",
         flag=("", "keep optimizer states in host memory"),
     )
-    overlap_comm: bool = setting(True, "gradients travel during backward", idle=(zero_is_0, alone))
+    overlap_comm: bool = setting(True, "reduce gradients during backward", idle=(zero_is_0, alone))
     reduce_bucket_size: Size = setting(
-        50_000_000, "elements (not bytes) of a bucket of gradients", idle=(zero_is_0, alone)
+        50_000_000, "elements (not bytes) in a bucket of gradients", idle=(zero_is_0, alone)
     )
     allgather_bucket_size: Size = setting(
         50_000_000,
-        "elements (not bytes) of a bucket of weights; an even number at stages 1 (fp32, or offloaded) and 2",
+        "elements (not bytes) in a bucket of weights; an even number at stages 1 (fp32, or offloaded) and 2",
         idle=(zero_is_0, alone),
     )
 
@@ -78,12 +78,16 @@ class Optimizer(Section):
     """AdamW, linear warm-up from 0 to `lr`, then cosine towards `min_lr`, which the step after the last would have."""
 
     lr: Positive = setting(1e-3, "peak learning rate", flag=("X", "peak learning rate"))
-    min_lr: NonNegative = setting(0.0, "where the cosine ends")
-    warmup_steps: Count = setting(0, "steps // 10", derived=True)
-    beta1: Annotated[float, Field(ge=0, lt=1)] = setting(0.9, "decay of the mean of gradients")
-    beta2: Annotated[float, Field(ge=0, lt=1)] = setting(0.95, "decay of the mean of their squares")
-    eps: Positive = setting(1e-8, "added to the root")
-    weight_decay: NonNegative = setting(0.1, "of matrices, embeddings among them; norms do not decay")
+    min_lr: NonNegative = setting(0.0, "learning rate at the end of the cosine")
+    warmup_steps: Count = setting(0, "steps of the warm-up; derived: steps // 10", derived=True)
+    beta1: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.9, "decay rate of the first moment, the mean of the gradients"
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.95, "decay rate of the second moment, the mean of their squares"
+    )
+    eps: Positive = setting(1e-8, "added to the square root in the denominator")
+    weight_decay: NonNegative = setting(0.1, "applies to matrices, embeddings included, not to norms")
     clip_grad: NonNegative = setting(1.0, "largest global gradient norm; 0: no clipping")
 
     @model_validator(mode="after")
@@ -131,23 +135,23 @@ class Data(Section):
     )
     tokenizer: str | None = setting(
         None,
-        ("only checked against the one that made the data; without domains: what to read the standard library with"),
+        "must match the tokenizer that prepared the data; without domains it encodes the standard library",
         flag=("PATH", "bytes, or a tokenizer file or folder (default: the data's own)"),
         on_resume="free",
     )
     allow_other_tokenizer: bool = setting(
         False,
-        (
-            "`--allow-other-tokenizer`: text whose tokenizer is not the one beside the weights is trained on all "
-            "the same"
-        ),
+        "`--allow-other-tokenizer`: train on text whose tokenizer is not the one beside the weights",
         flag=("", "train on tokens that the weights do not know"),
         on_resume="free",
     )
     document_mask: bool = setting(True, "attention and positions restart at each document of a window")
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = setting(
         0.01,
-        ("held out of the standard library; prepared folders have their own (`tools/prepare_data.py --eval-fraction`)"),
+        (
+            "share of the standard library that is held out; prepared folders have their own "
+            "(`tools/prepare_data.py --eval-fraction`)"
+        ),
         idle=(prepared,),
     )
 
@@ -169,19 +173,19 @@ class Train(Section):
         consequence="the learning rate follows the new schedule from here on",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(
-        0, "of weights, data order and router noise", flag=("N", "seeds weights, data order and noise")
+        0, "seed of weights, data order and router noise", flag=("N", "seeds weights, data order and noise")
     )
-    seq_length: Annotated[int, Field(ge=2)] = setting(256, "tokens of a sequence", flag=("N", "tokens of a sequence"))
+    seq_length: Annotated[int, Field(ge=2)] = setting(256, "tokens per sequence", flag=("N", "tokens of a sequence"))
     micro_batch: Size = setting(
-        1, "sequences of one data rank in one pass", flag=("N", "sequences of one rank in one pass")
+        1, "sequences per data rank and forward pass", flag=("N", "sequences of one rank in one pass")
     )
     global_batch: Size = setting(
         1,
-        "sequences of a step: micro_batch * accumulation * dp * ep",
+        "sequences per step: micro_batch * accumulation * dp * ep",
         flag=("N", "sequences of a step: micro-batch * accumulation * dp * ep"),
         derived=True,
     )
-    accumulation: Size = setting(1, "micro-batches of a step; 1, or what `global_batch` asks for", derived=True)
+    accumulation: Size = setting(1, "micro-batches per step; derived: 1, or what `global_batch` requires", derived=True)
     precision: Annotated[Literal["fp32", "bf16"], BeforeValidator(short_dtype)] = setting(
         "fp32",
         "`fp32`, or `bf16` with fp32 master weights; torch's `float32` and `bfloat16` mean the same",
@@ -190,8 +194,8 @@ class Train(Section):
     recompute: Literal["none", "selective", "full"] = setting(
         "none",
         (
-            "`none`; `selective`: all but matrix products, attention and routing, and the experts' hidden "
-            "activations too; `full`: all but routing"
+            "what backward computes again: `none`; `selective`: all but matrix products, attention and routing,"
+            " and the experts' hidden activations too; `full`: all but routing"
         ),
         flag=("none|selective|full", "activations to recompute in backward"),
         on_resume="free",
@@ -205,34 +209,34 @@ class Train(Section):
     init_from: str | None = setting(
         None,
         (
-            "Hugging Face folder or checkpoint whose weights, and model unless another is named, a new run starts"
-            " with; a run that resumes needs it no more ([huggingface.md](huggingface.md))"
+            "Hugging Face folder or checkpoint from which a new run takes its weights, and its model unless "
+            "another is named; a run that resumes no longer needs it ([huggingface.md](huggingface.md))"
         ),
         flag=("PATH", "start with the weights of a Hugging Face folder or a checkpoint"),
         on_resume="free",
     )
     export_hf: str | None = setting(
         None,
-        "folder to write the final weights to, for Hugging Face's readers",
+        "folder to write the final weights to, in Hugging Face's format",
         flag=("DIR", "write the final weights as a Hugging Face folder"),
         on_resume="free",
     )
     hf_version: Annotated[int, Field(ge=4, le=5)] | None = setting(
         None,
-        ("`4` or `5`: the spelling of its config.json is that of transformers 4 or 5; null: both, for either to read"),
+        ("`4` or `5`: write its config.json in the spelling of transformers 4 or 5; null: in both, for either to read"),
         flag=("4|5", "spelling of its config.json, of transformers 4 or 5 (default: both)"),
         on_resume="free",
         idle=(no_export,),
     )
     resume: str | None = setting(
         None,
-        "`auto`: the newest checkpoint in `out`, or none; or the folder of a checkpoint",
+        "`auto`: the newest checkpoint in `out`, if any; or the folder of a checkpoint",
         flag=("auto|PATH", "continue from the newest checkpoint in --out, or from PATH"),
         on_resume="free",
     )
     save_every: Count = setting(
         500,
-        "steps between checkpoints; the last step is always saved; 0: it alone",
+        "steps between checkpoints; the last step is always saved; 0: only the last step",
         flag=("N", "steps between checkpoints"),
         on_resume="free",
         idle=(saved_at_the_end,),
@@ -245,13 +249,13 @@ class Train(Section):
     )
     keep_last: Count = setting(
         0,
-        "newest checkpoints to keep; 0: all",
+        "how many of the newest checkpoints to keep; 0: all",
         flag=("N", "newest checkpoints to keep (default: all)"),
         on_resume="free",
     )
     keep_every: Count = setting(
         0,
-        "checkpoints of steps that it divides are kept too; 0: none",
+        "also keep the checkpoints of steps that this number divides; 0: none",
         flag=("N", "also keep the checkpoints of steps that N divides"),
         on_resume="free",
     )
@@ -277,13 +281,16 @@ class Train(Section):
     )
     eval_batches: Count = setting(
         8,
-        "global batches of held-out text, at most; 0: no evaluation, as with `eval_every` 0",
+        "global batches of held-out text to evaluate, at most; 0: no evaluation, as with `eval_every` 0",
         on_resume="free",
         idle=(nothing_held_out, no_eval_steps),
     )
     log_every: Count = setting(
         10,
-        "steps between progress lines, the last step has one; 0: it alone; `metrics.jsonl` has every step",
+        (
+            "steps between progress lines; the last step always has one; 0: only the last step; `metrics.jsonl`"
+            " has every step"
+        ),
         on_resume="free",
     )
 
