@@ -12,7 +12,8 @@ from moe_engine.config import Run
 from moe_engine.config.command_line import Loaded, print_config
 from moe_engine.host.files import make_writable
 from moe_engine.host.signals import Requests
-from moe_engine.log import Logger, printable
+from moe_engine.log.logger import Logger
+from moe_engine.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,7 @@ def _open_log(loaded: Loaded, rank: int, stack: ExitStack) -> Logger:
 def _summarise(run: Run, log: Logger) -> None:
     """The closing lines, and the export that the run was asked for."""
     from moe_engine.checkpoint.hf.export import export_run
-    from moe_engine.train.summary import write_summary
+    from moe_engine.report.summary import write_summary
 
     log.info(*write_summary(Path(run.train.out)))
     if run.train.export_hf:

@@ -11,7 +11,8 @@ from moe_engine.config import AuxLoss, RopeScaling
 from moe_engine.config.command_line import load
 from moe_engine.config.messages import SECTIONS
 from moe_engine.config.page import with_tables
-from moe_engine.log import progress_line, step_scalars
+from moe_engine.log.console import progress_line
+from moe_engine.log.rows import step_scalars
 from moe_engine.parallel.mesh import rank_lists
 from moe_engine.prepare.files import COMPRESSION, ROW_SUFFIXES, TEXT_SUFFIXES
 from moe_engine.prepare.formats import TEXT_KEYS

@@ -26,7 +26,7 @@ import pytest
 from moe_engine.config.command_line import build_parser
 from moe_engine.config.messages import KEYS
 from moe_engine.errors import EngineError
-from moe_engine.log import progress_line
+from moe_engine.log.console import progress_line
 from moe_engine.prepare.tokenizer import byte_files
 from tests.checkpoint.hf.small import save, theirs
 

@@ -178,7 +178,7 @@ def nonfinite_lines(found: Mapping[str, str]) -> list[str]:
 
 def warn(lines: list[str]) -> None:
     """On standard error, one line each."""
-    from moe_engine.log import printable
+    from moe_engine.text import printable
 
     for line in lines:
         print(f"warning: {printable(line)}", file=sys.stderr)

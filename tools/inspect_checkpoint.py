@@ -28,7 +28,7 @@ DAMAGED, DIFFERENT = 65, 1
 def main(arguments: list[str] | None = None) -> int:
     from moe_engine.config.command_line import Parser
     from moe_engine.errors import EngineError
-    from moe_engine.log import printable
+    from moe_engine.text import printable
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="FOLDER", help="a run, or one or two checkpoints")
@@ -217,7 +217,7 @@ def look(folder: Path, verify: bool) -> tuple[dict[str, Any] | None, list[str]]:
 
 def losses_of(out: Path) -> dict[int, float]:
     """Language-model loss by step, from the run's metrics."""
-    from moe_engine.log import read_rows
+    from moe_engine.log.rows import read_rows
 
     path = out / "metrics.jsonl"
     rows = read_rows(path) if path.is_file() else []

@@ -33,7 +33,7 @@ TITLES = ("parameters", "active", "on one rank", "trainable")
 def main(arguments: list[str] | None = None) -> int:
     from moe_engine.config.command_line import Parser
     from moe_engine.errors import EngineError
-    from moe_engine.log import printable
+    from moe_engine.text import printable
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)

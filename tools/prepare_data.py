@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from moe_engine.config.command_line import Parser
 from moe_engine.errors import ConfigError, EngineError
 from moe_engine.host.console import failed, run_program
-from moe_engine.log import printable
 from moe_engine.prepare.pipeline import PrepareOptions, prepare, stdlib_sources
+from moe_engine.text import printable
 
 SHOWN = 8  # endings, or files met again
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from moe_engine.config import Domain, RopeScaling, Run, Section
 from moe_engine.errors import ConfigError
-from moe_engine.log import printable
+from moe_engine.text import printable
 
 BULLET = "\n  - "
 

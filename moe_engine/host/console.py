@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from moe_engine.config.messages import BULLET
 from moe_engine.errors import EngineError, StorageError
-from moe_engine.log import printable
+from moe_engine.text import printable
 
 NAMES = {1: "stdout", 2: "stderr"}
 

@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any, Self
 
-from moe_engine.log import printable
+from moe_engine.text import printable
 
 PLAIN_SECONDS = 10.0
 SHOWN_BAD_ROWS = 20

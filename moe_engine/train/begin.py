@@ -15,7 +15,7 @@ from moe_engine.config import Run
 from moe_engine.data.loader import Loader
 from moe_engine.data.shards import TOKENIZER
 from moe_engine.errors import ConfigError, DataError
-from moe_engine.log import Logger
+from moe_engine.log.logger import Logger
 from moe_engine.parallel.agree import act_together
 from moe_engine.parallel.collectives import gather_bytes
 from moe_engine.parallel.mesh import Axis, Mesh

@@ -6,7 +6,7 @@ from moe_engine.checkpoint.saver import Saver
 from moe_engine.config import Run
 from moe_engine.data.loader import Loader
 from moe_engine.errors import StorageError
-from moe_engine.log import Logger
+from moe_engine.log.logger import Logger
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.train.asked import Asked
 from moe_engine.train.engine import Engine

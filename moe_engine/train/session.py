@@ -16,7 +16,7 @@ from moe_engine.data.corpus import loader_of
 from moe_engine.data.loader import Loader, OpenDomain
 from moe_engine.host.memory import keep_freed_memory
 from moe_engine.host.signals import Requests
-from moe_engine.log import Logger
+from moe_engine.log.logger import Logger
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, key_of

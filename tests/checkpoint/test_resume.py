@@ -12,7 +12,7 @@ from moe_engine.checkpoint.folders import steps_in
 from moe_engine.checkpoint.reader import Reader, verify
 from moe_engine.errors import DataError, StorageError
 from moe_engine.host import disk
-from moe_engine.log import read_rows
+from moe_engine.log.rows import read_rows
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.train.loop import fit

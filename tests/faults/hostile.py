@@ -24,7 +24,8 @@ from moe_engine.config.command_line import load
 from moe_engine.data.loader import open_domains
 from moe_engine.data.shards import MANIFEST
 from moe_engine.errors import ConfigError
-from moe_engine.log import Logger, read_rows
+from moe_engine.log.logger import Logger
+from moe_engine.log.rows import read_rows
 from moe_engine.prepare.tokenizer.load import load_tokenizer
 from tests.faults.arena import Arena, Fault, Injections
 from tests.faults.headers import headers

@@ -14,7 +14,7 @@ from moe_engine.checkpoint.reader import Reader
 from moe_engine.checkpoint.saver import Saver
 from moe_engine.checkpoint.shard import open_shard
 from moe_engine.errors import EngineError
-from moe_engine.log import read_rows
+from moe_engine.log.rows import read_rows
 from moe_engine.train.session import Session
 from moe_engine.train.state import load_state, save_state
 from tests.faults.arena import Arena, Fault, Injections

@@ -18,7 +18,7 @@ from moe_engine.config import Run
 from moe_engine.data.corpus import open_corpus
 from moe_engine.data.loader import Batch
 from moe_engine.errors import EngineError
-from moe_engine.log import Logger
+from moe_engine.log.logger import Logger
 from moe_engine.model.moe import MoE
 from moe_engine.model.router import Router
 from moe_engine.model.transformer import Transformer

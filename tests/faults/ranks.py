@@ -33,7 +33,8 @@ from moe_engine.errors import EngineError
 from moe_engine.host.lock import lock
 from moe_engine.host.signals import Requests
 from moe_engine.host.watch import Watch
-from moe_engine.log import Logger, read_rows
+from moe_engine.log.logger import Logger
+from moe_engine.log.rows import read_rows
 from moe_engine.parallel.collectives import barrier
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.train.engine import Engine

@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from moe_engine.errors import DataError, EngineError
-from moe_engine.log import printable
 from moe_engine.prepare.pipeline import BAD_ROWS, PrepareOptions, prepare
 from moe_engine.prepare.tokenizer.byte_files import END
+from moe_engine.text import printable
 from tests.faults.arena import Arena, Injections
 
 DEFECTS: dict[str, bytes] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_engine.checkpoint.folders import steps_in
 from moe_engine.errors import EngineError
-from moe_engine.log import read_rows
+from moe_engine.log.rows import read_rows
 from moe_engine.train.session import Session
 from tests.faults.arena import Arena, Fault, Injections
 from tests.faults.kills import after_a_kill, go_on

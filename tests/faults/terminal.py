@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moe_engine.log import Logger
+from moe_engine.log.logger import Logger
 from tests.faults.arena import Arena, Injections
 from tests.faults.rows import in_folder
 from tests.faults.targets import resealed, small_checkpoint

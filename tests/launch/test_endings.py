@@ -12,7 +12,7 @@ import pytest
 from moe_engine.checkpoint.folders import steps_in
 from moe_engine.checkpoint.hf.export import export_run
 from moe_engine.config.command_line import load
-from moe_engine.log import read_rows
+from moe_engine.log.rows import read_rows
 from tests.launch.test_pretrain_moe import ROOT, SMALL, refused, run, tokens  # noqa: F401 (a fixture)
 from tools.convert_hf import main as verify
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_engine.log import read_rows
+from moe_engine.log.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from moe_engine.log import read_rows
+from moe_engine.log.rows import read_rows
 from moe_engine.prepare.pipeline import PrepareOptions, prepare
 
 ROOT = Path(__file__).parents[2]

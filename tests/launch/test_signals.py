@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_engine.checkpoint.folders import steps_in
-from moe_engine.log import read_rows
+from moe_engine.log.rows import read_rows
 from tests.launch.test_pretrain_moe import ROOT, SCRIPT, tokens  # noqa: F401 (a fixture)
 
 SMALL = ("--seq-length", "16", "--micro-batch", "1", "--set", "train.log_every=1")

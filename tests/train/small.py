@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_engine.config import Data, Domain, Model, Optimizer, Parallel, Run, Train
 from moe_engine.data.corpus import open_corpus
 from moe_engine.data.loader import Batch
-from moe_engine.log import Logger
+from moe_engine.log.logger import Logger
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, note_of

@@ -18,7 +18,7 @@ from moe_engine.checkpoint.hf.to_checkpoint import import_folder
 from moe_engine.checkpoint.reader import Reader
 from moe_engine.config import Run
 from moe_engine.errors import EngineError
-from moe_engine.log import read_rows
+from moe_engine.log.rows import read_rows
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import note_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_engine.errors import ConfigError, EngineError
-from moe_engine.log import read_rows
+from moe_engine.log.rows import read_rows
 from moe_engine.model.transformer import Output
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_engine.train.summary import write_summary
+from moe_engine.report.summary import write_summary
 
 
 def test_more_steps_are_more_than_there_are(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run says while it runs: rank-0 console, metrics.jsonl, TensorBoard. report.py reads it back.
+"""What a run says while it runs: rank-0 console, metrics.jsonl, TensorBoard. report/ reads it back.
 
     row of one step --> metrics.jsonl   one JSON object a line, flushed, cut back on resume
                     --> tensorboard/    the same numbers: train/NAME, domain/NAME/loss, moe/layer_N/NAME
@@ -12,17 +12,16 @@ rows) is printed with control characters escaped, so that data cannot move the c
 
 import contextlib
 import json
-import math
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-TAGS = {"lr": "learning_rate"}  # of scalars that are not called by their own names
-LABELS = {"lm_loss": "LM:", "routing_supervision_loss": "Routing Loss:"}  # likewise, on the console
-COLLAPSE, IMBALANCE = 0.4, 2.0  # of the fair share 1/E: 5 % and 25 % of the assignments at E = 8
+from moe_engine.log.console import progress_line
+from moe_engine.log.load import load_warnings, with_load_statistics
+from moe_engine.log.rows import flatten, json_safe, read_rows, step_scalars
+from moe_engine.text import printable
 
 
 class Logger:
@@ -97,7 +96,7 @@ class Logger:
         if not self.is_main:
             return
         self._append("eval.jsonl", row)
-        scalars = {k: v for k, v in _flatten(row).items() if k != "step"}
+        scalars = {k: v for k, v in flatten(row).items() if k != "step"}
         self._tensorboard(row["step"], {f"eval/{k}": v for k, v in scalars.items()})
         self.info(f"Eval {row['step']}/{self.total_steps} | " + " | ".join(f"{k}: {v:.4f}" for k, v in scalars.items()))
 
@@ -135,7 +134,7 @@ class Logger:
         if name not in self._files:
             self._files[name] = (self.out / name).open("a", encoding="utf-8")
         try:
-            self._files[name].write(json.dumps(_json_safe(row), allow_nan=False) + "\n")
+            self._files[name].write(json.dumps(json_safe(row), allow_nan=False) + "\n")
             self._files[name].flush()
         except OSError as error:  # a full disk must not end the training: the buffer keeps the row for the next flush
             self.warn(f"{self.out / name}: {error}; the row of step {row['step']} waits until there is space")
@@ -208,130 +207,3 @@ class Logger:
             more = f" (and {len(found) - 3} more like it: see expert_load in metrics.jsonl)" if len(found) > 3 else ""
             self.warn(f"mean of {self._load_steps} steps up to step {row['step']}: " + "; ".join(found[:3]) + more)
         self._load_sum, self._load_steps = [], 0
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with control, format and line-separator characters written as escapes (`\\x1b`, `\\n`)."""
-    bad = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in bad else c for c in text)
-
-
-def load_entropy(share_E: Sequence[float]) -> float:
-    """Entropy -sum p ln p of one layer's load shares, in nats; ln E when the load is uniform (S1.30)."""
-    return -sum(p * math.log(p) for p in share_E if p > 0)
-
-
-def load_max_over_mean(share_E: Sequence[float]) -> float:
-    """Load of the busiest expert over the mean load: 1 when uniform, E when one expert gets everything."""
-    return max(share_E) * len(share_E)
-
-
-def load_warnings(shares: Sequence[Sequence[float]], layers: Sequence[int] | None = None) -> list[str]:
-    """One text for each expert whose share of the assignments is out of bounds (S1.31).
-
-    `shares[i][e]` is the share of layer `layers[i]` (default i) that expert e received; a layer sums to 1. The bounds
-    of S1.31, < 5 % (collapse) and > 25 % (imbalance), are for 8 experts; for E experts they are 0.4/E and 2/E, which is
-    the same at 8. With top-k no expert can receive more than 1/k, so imbalance cannot be reported when E <= 2k.
-    """
-    found = []
-    for layer, share_E in zip(layers or range(len(shares)), shares):
-        count = len(share_E)
-        if abs(sum(share_E) - 1) > 1e-3:  # no token was routed
-            continue
-        for expert, share in enumerate(share_E):
-            fair, name = share * count, f"layer {layer} expert {expert} receives {100 * share:.2f} % of the assignments"
-            if fair < COLLAPSE - 1e-6:
-                found.append(f"{name} (< {100 * COLLAPSE / count:.3g} %: collapse)")
-            elif fair > IMBALANCE + 1e-6:
-                found.append(f"{name} (> {100 * IMBALANCE / count:.3g} %: imbalance)")
-    return found
-
-
-def with_load_statistics(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with per-layer lists `moe_layers`, `load_entropy`, `load_max_over_mean` added if it has `expert_load`."""
-    shares = row.get("expert_load")
-    if not shares:
-        return row
-    derived = {
-        "moe_layers": list(range(len(shares))),
-        "load_entropy": [load_entropy(share_E) for share_E in shares],
-        "load_max_over_mean": [load_max_over_mean(share_E) for share_E in shares],
-    }
-    return {**derived, **row}
-
-
-def step_scalars(row: dict[str, Any]) -> dict[str, float]:
-    """TensorBoard tags and values of one row of metrics.jsonl."""
-    layers = row.get("moe_layers", ())
-    scalars: dict[str, float] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            tag = "domain/{}/loss" if key == "domain_loss" else f"train/{key}/{{}}"
-            scalars |= {tag.format(name): each for name, each in value.items()}
-        elif isinstance(value, int | float) and key != "step":
-            scalars[f"train/{TAGS.get(key, key)}"] = value
-        elif isinstance(value, list) and len(value) == len(layers) and not key.endswith("layers"):
-            if any(isinstance(each, list) for each in value):
-                continue
-            scalars |= {f"moe/layer_{layer}/{key}": each for layer, each in zip(layers, value)}
-    return scalars
-
-
-def progress_line(
-    row: dict[str, Any], total_steps: int, eta: float | None = None, minimised: Sequence[str] = ("lm_loss",)
-) -> str:
-    """The console line of one step; fields that the row lacks are left out. Opens as S1.19 asks: Step, Loss, LR."""
-    parts = [f"Step {row['step']}/{total_steps}"]
-    for key, form in (
-        ("loss", "Loss: {:.4f}"),
-        ("lr", "LR: {:.3e}"),
-        *((name, f"{LABELS.get(name, name)} {{:.4f}}") for name in minimised),
-        ("grad_norm", "grad norm {:.3f}"),
-        ("tokens_per_s", "{:,.0f} tok/s"),
-    ):
-        if row.get(key) is not None:
-            parts.append(form.format(row[key]))
-    if row.get("mfu") is not None:
-        parts.append(f"MFU {100 * row['mfu']:.1f} %")
-    if row.get("load_max_over_mean"):
-        parts.append(f"load max/mean {max(row['load_max_over_mean']):.2f}")
-    if sum(row.get("dropped", ())):
-        parts.append(f"dropped {sum(row['dropped']):,.0f}")
-    if eta is not None:
-        minutes, seconds = divmod(round(eta), 60)
-        parts.append(f"ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}")
-    return " | ".join(parts)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl or eval.jsonl, oldest first; lines torn by a crash are left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
-
-
-def _flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
-            flat[prefix + key] = value
-    return flat
-
-
-def _json_safe(value: Any) -> Any:
-    """`value` with NaN and infinities as null: JSON has no other word for them."""
-    if isinstance(value, dict):
-        return {str(key): _json_safe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_safe(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -1,4 +1,4 @@
-"""moe_engine.log and moe_engine.report: what is written, what is printed, and when a warning is raised."""
+"""moe_engine/log and moe_engine/report/curve.py: what is written, what is printed, and when a warning is raised."""
 
 import json
 import math
@@ -9,16 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_engine.log import (
-    Logger,
-    load_entropy,
-    load_max_over_mean,
-    load_warnings,
-    printable,
-    progress_line,
-    read_rows,
-)
-from moe_engine.report import expert_load_table, loss_curve_png
+from moe_engine.log.console import progress_line
+from moe_engine.log.load import load_entropy, load_max_over_mean, load_warnings
+from moe_engine.log.logger import Logger
+from moe_engine.log.rows import read_rows
+from moe_engine.report.curve import expert_load_table, loss_curve_png
+from moe_engine.text import printable
 
 S1_30 = [0.125, 0.118, 0.132, 0.109, 0.121, 0.135, 0.117, 0.143]
 
@@ -174,7 +170,7 @@ def test_console_prints_every_nth_step_and_the_last(capsys: pytest.CaptureFixtur
 
 def test_live_line_on_a_terminal() -> None:
     code = """
-from moe_engine.log import Logger
+from moe_engine.log.logger import Logger
 with Logger(None, True, 5, log_every=3) as log:
     for step in range(1, 6):
         log.step({"step": step, "loss": 1.0})
@@ -237,5 +233,6 @@ def test_summary(tmp_path: Path) -> None:
 
 
 def test_importing_log_stays_light() -> None:
-    code = "import moe_engine.log, moe_engine.report, sys; print({'torch', 'rich', 'matplotlib'} & set(sys.modules))"
+    heavy = "{'torch', 'rich', 'matplotlib'} & set(sys.modules)"
+    code = f"import moe_engine.log.logger, moe_engine.report.summary, sys; print({heavy})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

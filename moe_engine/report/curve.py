@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_engine.log import load_entropy, load_max_over_mean, read_rows
+from moe_engine.log.load import load_entropy, load_max_over_mean
+from moe_engine.log.rows import read_rows
 
 
 def loss_curve_png(metrics_path: Path, out_png: Path) -> None:

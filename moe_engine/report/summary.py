@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from moe_engine.log import read_rows
-from moe_engine.report import expert_load_table, loss_curve_png
+from moe_engine.log.rows import read_rows
+from moe_engine.report.curve import expert_load_table, loss_curve_png
 
 
 def write_summary(out: Path) -> list[str]:

@@ -1,0 +1,1 @@
+"""What is read back from the files of a run; no torch."""
