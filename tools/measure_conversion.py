@@ -51,11 +51,11 @@ def write_model(folder: Path, gigabytes: float, shards: int) -> int:
     """A Mixtral with weights that are numbers, not noise from a generator: fast to make, and no two tensors alike."""
     import torch
 
-    from moe_engine.checkpoint.hf.families.mixtral import TABLE
-    from moe_engine.checkpoint.hf.table import places
+    from moe_engine.checkpoint.hf.places import places
     from moe_engine.checkpoint.shard import Entry, stream_shard
     from moe_engine.config import Model
     from moe_engine.config.hf import model_to_hf
+    from moe_engine.config.hf.families.mixtral import TENSORS
     from moe_engine.config.sizes import parameter_counts
     from moe_engine.config.weights import weight_shapes
 
@@ -67,7 +67,7 @@ def write_model(folder: Path, gigabytes: float, shards: int) -> int:
 
     one, two = parameter_counts(model(1)).total, parameter_counts(model(2)).total
     chosen = model(max(1, round((gigabytes * 1e9 / 2 - one) / (two - one)) + 1))
-    where = places(TABLE["per-expert"], weight_shapes(chosen))
+    where = places(TENSORS["per-expert"], weight_shapes(chosen))
     entries = {name: Entry(torch.bfloat16, place.shape) for name, place in where.items()}
     total = sum(entry.nbytes for entry in entries.values())
     folder.mkdir(parents=True)

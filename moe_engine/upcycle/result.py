@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from moe_engine.checkpoint.hf.export import open_checkpoint
-from moe_engine.checkpoint.hf.families import TABLES
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.to_checkpoint import identity_of
 from moe_engine.checkpoint.hf.write import Target, cut, write_hf
@@ -18,6 +17,7 @@ from moe_engine.checkpoint.shard import Entry
 from moe_engine.checkpoint.weights_only import Written, write_weights
 from moe_engine.config import Model
 from moe_engine.config.hf import family_of, model_to_hf
+from moe_engine.config.hf.families import FAMILIES
 from moe_engine.config.messages import problem_lines
 from moe_engine.errors import ConfigError
 from moe_engine.upcycle import attention
@@ -43,7 +43,7 @@ def hf_target(given: argparse.Namespace, child: Model, parent: HfFolder) -> Targ
         raise ConfigError(
             f"--format hf: {why}; --format checkpoint holds every model, --family llama_moe_v2 some that are no Mixtral"
         ) from None
-    layout = next(iter(TABLES[family]))
+    layout = next(iter(FAMILIES[family].tensors))
     return Target(family, layout, version=given.hf_version, side=parent.side, shard_bytes=shard_bytes(given))
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_engine.checkpoint.folders import folder_of, steps_in
-from moe_engine.checkpoint.hf.families import TABLES
 from moe_engine.checkpoint.hf.side_files import carried_config, of_checkpoint
 from moe_engine.checkpoint.hf.tokenizer_files import as_trained
 from moe_engine.checkpoint.hf.write import Target, refuse_biases, write_hf
@@ -94,7 +93,7 @@ def target_of(manifest: dict[str, Any], model: Model, side: Mapping[str, bytes],
     family = options.family or came.get("family") or usual_family(model, side)
     if family not in FAMILIES:
         raise ConfigError(f"--family {family}: expected {', '.join(FAMILIES)}")
-    layouts = list(TABLES[family])
+    layouts = list(FAMILIES[family].tensors)
     layout = options.layout or (came.get("layout") if came.get("layout") in layouts else layouts[0])
     dtype = options.dtype
     if dtype is None and "hf" not in manifest:  # masters are fp32, whatever the run computed in

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from moe_engine.checkpoint.hf.contents import CONFIG, INDEX, SINGLE, chosen, contents_of, regular
-from moe_engine.checkpoint.hf.families import TABLES
-from moe_engine.checkpoint.hf.table import Place, Shape, Table, places
+from moe_engine.checkpoint.hf.places import Place, Shape, places
 from moe_engine.checkpoint.pieces import Piece, volume
 from moe_engine.checkpoint.shard import MAX_HEADER, SUFFIX, TORCH_OF, Entry
 from moe_engine.checkpoint.source import Source, Stored
 from moe_engine.config import Model
 from moe_engine.config.files import model_in, read_mapping
 from moe_engine.config.hf import family_in
+from moe_engine.config.hf.families import FAMILIES
+from moe_engine.config.hf.families.family import Tensors
 from moe_engine.config.messages import BULLET, shown
 from moe_engine.config.weights import weight_shapes
 from moe_engine.errors import ConfigError, DataError
@@ -74,7 +75,7 @@ class HfFolder(Source):
         if self.model.num_hidden_layers > len(self.files):
             raise DataError(f"{folder}: num_hidden_layers {self.model.num_hidden_layers} of {len(self.files)} tensors")
         shapes = weight_shapes(self.model)
-        self.layout, self.places = matching_layout(TABLES[self.family], shapes, self.files)
+        self.layout, self.places = matching_layout(FAMILIES[self.family].tensors, shapes, self.files)
         if self.model.tie_word_embeddings and EMBEDDING not in self.files and HEAD in self.files:
             # one tensor under either name, as in transformers
             self.places = {HEAD if name == EMBEDDING else name: place for name, place in self.places.items()}
@@ -189,10 +190,10 @@ def header_of(path: Path) -> dict[str, Entry]:
 
 
 def matching_layout(
-    table: Table, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, Any]
+    tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, Any]
 ) -> tuple[str, dict[str, Place]]:
     """The layout in which a folder's tensors are written: of those that the family has, the one they fit best."""
-    found = {layout: places(rows, shapes) for layout, rows in table.items()}
+    found = {layout: places(rows, shapes) for layout, rows in tensors.items()}
     return max(found.items(), key=lambda item: len(item[1].keys() & names.keys()) / len(item[1]))
 
 

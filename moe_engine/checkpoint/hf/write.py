@@ -16,9 +16,8 @@ from torch import Tensor
 
 from moe_engine.checkpoint.finite import nonfinite
 from moe_engine.checkpoint.hf.contents import CONFIG, INDEX, SINGLE
-from moe_engine.checkpoint.hf.families import TABLES
+from moe_engine.checkpoint.hf.places import Place, places
 from moe_engine.checkpoint.hf.side_files import carried_config
-from moe_engine.checkpoint.hf.table import Place, places
 from moe_engine.checkpoint.partial import Partial
 from moe_engine.checkpoint.shard import Digest, Entry, stream_shard
 from moe_engine.checkpoint.weights_only import (
@@ -67,7 +66,7 @@ def write_hf(
     progress: told of the bytes of each tensor. ConfigError for a model that the family cannot hold, before anything is
     written; DataError for NaN and infinities unless they are allowed; StorageError when the disk refuses.
     """
-    table = TABLES[target.family]
+    table = FAMILIES[target.family].tensors
     if target.layout not in table:
         raise ConfigError(f"--expert-layout {target.layout}: {target.family} is written as {', '.join(table)}")
     refuse_biases(model)

@@ -1,6 +1,6 @@
 """Hugging Face's config.json <-> Model.
 
-    families.py    what a model_type implies, in both directions
+    families/      one file each: what a model_type implies, and its tensors
     spelling.py    the keys that transformers 4 and 5 spell differently
     keys.py        all other keys: which change nothing, and which would change the model
 
@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_engine.config import Model
-from moe_engine.config.hf.families import ENDS, FAMILIES
+from moe_engine.config.hf.families import FAMILIES
+from moe_engine.config.hf.families.llama_moe_v2 import ENDS
 from moe_engine.config.hf.keys import NO_EFFECT, judge, window_of
 from moe_engine.config.hf.spelling import (
     EXPERTS,

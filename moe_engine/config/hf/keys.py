@@ -11,7 +11,7 @@ A sliding window of W tokens is full attention for sequences of up to W: it shor
 from collections.abc import Mapping
 from typing import Any
 
-from moe_engine.config.hf.families import LLAMA_MOE_V2
+from moe_engine.config.hf.families.llama_moe_v2 import LLAMA_MOE_V2
 from moe_engine.config.messages import shown
 
 NO_EFFECT = frozenset(

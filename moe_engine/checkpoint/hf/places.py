@@ -1,11 +1,4 @@
-"""How the tensors of a Hugging Face folder make up the engine's weights: one table a family, for both directions.
-
-    Row("model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight", "layers.{i}.ffn.experts.w_gate_up[{e},0]")
-
-{i} runs over the layers, {e} over the first dimension of the weight; what is in brackets are indices: a tensor is a box
-of a weight, with its elements in the same order. A row counts where the model has that weight, so that a dense layer
-among expert layers, or a tied head, needs no rule of its own. Everything else follows from the shapes.
-"""
+"""Where each tensor of a Hugging Face folder lies in the engine's weights: a family's rows for a model's shapes."""
 
 import re
 from collections.abc import Mapping
@@ -14,21 +7,10 @@ from typing import NamedTuple
 import torch
 
 from moe_engine.checkpoint.pieces import Box, volume
+from moe_engine.config.hf.families.family import Row
 
 Shape = tuple[int, ...]
 TARGET = re.compile(r"(?P<weight>[^\[]+)(\[(?P<indices>[^\]]+)\])?")
-
-
-class Row(NamedTuple):
-    """theirs: name on disk. ours: a weight, or a part of it. merged: dimensions merged, merged + 1 of the part are one
-    on disk."""
-
-    theirs: str
-    ours: str
-    merged: int | None = None
-
-
-Table = dict[str, tuple[Row, ...]]  # the layouts that a family is written in; the first is the usual one
 
 
 class Place(NamedTuple):
