@@ -73,7 +73,7 @@ class Row(NamedTuple):
         return f"{used.stalls} stalls" if used.stalls else None
 
 
-def compile_all(target: str, dtype_name: str, names: list[str], sizes: list[int]) -> list[Row]:
+def compile_all(target: str, dtype_name: str, names: list[str], sizes: list[int], most: int | None) -> list[Row]:
     """Compile what the named ops launch; in a process of its own, because some compiler errors abort it."""
     import torch
     import triton
@@ -100,7 +100,7 @@ def compile_all(target: str, dtype_name: str, names: list[str], sizes: list[int]
 
     def every_tile(kernel: str, device: Any, dtype: Any, sizes: Any, rows_per_expert: Any, tiles: Any, run: Any) -> Any:
         candidates = tiles.candidates(dtype)
-        for tile in candidates:
+        for tile in candidates[:most]:
             tile_now[0] = tile
             run(tile)
         tile_now[0] = None
@@ -151,10 +151,10 @@ def launches(dtype: Any, tokens: int, d: int, f: int, e: int, k: int) -> Iterato
     yield "cross_entropy", lambda: cross_entropy.cross_entropy_grad(x, label, 0, lse, lse)
 
 
-def in_own_process(target: str, dtype: str, names: list[str], sizes: list[int]) -> list[Row]:
+def in_own_process(target: str, dtype: str, names: list[str], sizes: list[int], most: int | None) -> list[Row]:
     """compile_all in a child; its report comes back as JSON on the last line."""
     command = [sys.executable, __file__, "--child", "--targets", target, "--dtype", dtype, "--ops", *names]
-    command += ["--sizes", *map(str, sizes)]
+    command += ["--sizes", *map(str, sizes), *(["--tiles", str(most)] if most else [])]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     child = subprocess.run(command, capture_output=True, text=True, env=environment)
     if child.returncode:
@@ -217,6 +217,7 @@ def arguments() -> argparse.Namespace:
         help="sizes to compile for; all but dw_kernel tell apart 1, multiples of 16, and the rest "
         "(default: 512 1024 512 256 8)",
     )  # fmt: skip
+    parser.add_argument("--tiles", type=int, metavar="N", help="compile the first N tiles of a kernel (default: all)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--markdown", action="store_true", help="print a table of kernels and targets, as in the docs")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -226,11 +227,11 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     if options.child:
-        print(json.dumps(compile_all(options.targets[0], options.dtype[0], options.ops, options.sizes)))
+        print(json.dumps(compile_all(options.targets[0], options.dtype[0], options.ops, options.sizes, options.tiles)))
         return 0
     jobs = [(target, dtype) for target in options.targets or TARGETS for dtype in options.dtype]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(lambda job: in_own_process(job[0], job[1], options.ops, options.sizes), jobs)
+        parts = pool.map(lambda job: in_own_process(job[0], job[1], options.ops, options.sizes, options.tiles), jobs)
         rows = [row for part in parts for row in part]
     judged = all(width % 16 == 0 for width in options.sizes[1:3])
     problems = sum(row.problem() is not None for row in rows) if judged else 0
