@@ -9,8 +9,8 @@ from pydantic_core import PydanticUndefined
 
 from moe_engine.config import AuxLoss, RopeScaling
 from moe_engine.config.command_line import load
+from moe_engine.config.docs_page import with_tables
 from moe_engine.config.messages import SECTIONS
-from moe_engine.config.page import with_tables
 from moe_engine.log.console import progress_line
 from moe_engine.log.rows import step_scalars
 from moe_engine.parallel.mesh import rank_lists
@@ -85,7 +85,7 @@ def test_config_page_lists_every_key_with_its_default() -> None:
 
 
 def test_the_tables_of_the_config_page_are_what_the_settings_say() -> None:
-    """If not: python -m moe_engine.config.page docs/config.md."""
+    """If not: python -m moe_engine.config.docs_page docs/config.md."""
     page = (DOCS / "config.md").read_text(encoding="utf-8")
     assert with_tables(page) == page
 

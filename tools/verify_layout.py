@@ -224,7 +224,7 @@ FAST = [
 
 def verify(model: Model, cases: list[Case]) -> float:
     """Run the cases, print a row each, return the worst relative error."""
-    import moe_engine.train.zero  # noqa: F401 (imported once here, inherited by the forked ranks)
+    import moe_engine.train.deepspeed_engine  # noqa: F401 (imported once here, inherited by the forked ranks)
 
     truths: dict[tuple[str, int], Trace] = {}
     print(f"{'dp':>3} {'ep':>3} {'tp':>3} {'zero':>4} {'accum':>5}  {'aux':12}  gradient  grad norm  aux loss  weights")

@@ -6,7 +6,7 @@ On one data rank there is nothing to share, whatever the ZeRO stage (tp cuts the
     bf16    AdamW steps fp32 masters; a micro-batch's gradient is added to the master's, in fp32, and freed as soon as
             backward has it; after the step the weights are the rounded masters
 
-More data ranks share the work by DeepSpeed: zero.py. `session.make_engine` chooses.
+More data ranks share the work by DeepSpeed: deepspeed_engine.py. `session.make_engine` chooses.
 """
 
 import math

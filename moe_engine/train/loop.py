@@ -8,17 +8,16 @@ Every rank executes the same lines; the main rank alone writes logs.
 import time
 from functools import partial
 
-from moe_engine.errors import EngineError, Preempted
-from moe_engine.train.asked import asked_of_any, told_to_stop
+from moe_engine.errors import Preempted
 from moe_engine.train.begin import begin
 from moe_engine.train.evaluation import evaluate, held_out_batches
 from moe_engine.train.metrics import Metrics
 from moe_engine.train.saving import Saving
 from moe_engine.train.schedule import learning_rate
 from moe_engine.train.session import Session
+from moe_engine.train.signals import asked_of_any, told_to_stop
+from moe_engine.train.skipped import MAX_SKIPPED, too_many_skipped
 from moe_engine.train.step import accumulate, finish
-
-MAX_SKIPPED = 5  # skipped steps in a row that stop a run
 
 
 def fit(session: Session) -> None:
@@ -56,10 +55,7 @@ def fit(session: Session) -> None:
             log.warn(f"step {step} skipped ({skipped} in a row), {report.skipped}")
         if skipped == MAX_SKIPPED:
             saver.finish()
-            raise EngineError(
-                f"{MAX_SKIPPED} steps in a row were skipped, the last because {report.skipped}; the weights are still "
-                f"those of step {step - MAX_SKIPPED}. Lower --lr, or look at the data of these steps"
-            )
+            raise too_many_skipped(step, report.skipped)
         if held_out and (last or step % run.train.eval_every == 0):
             text = held_out_batches(run, mesh, held_out, device, partial(heartbeat, step, "evaluating"))
             loss = evaluate(engine, mesh, text, partial(told_to_stop, requests, mesh.world))

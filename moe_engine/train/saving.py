@@ -8,8 +8,8 @@ from moe_engine.data.loader import Loader
 from moe_engine.errors import StorageError
 from moe_engine.log.logger import Logger
 from moe_engine.parallel.mesh import Mesh
-from moe_engine.train.asked import Asked
 from moe_engine.train.engine import Engine
+from moe_engine.train.signals import Asked
 from moe_engine.train.state import save_state
 
 

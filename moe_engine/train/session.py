@@ -79,6 +79,6 @@ def make_engine(model: torch.nn.Module, run: Run, mesh: Mesh) -> Engine:
     """The engine of a run: DeepSpeed's where data ranks share the work, or where it offloads the optimizer."""
     if mesh.data.size == 1 and not run.parallel.offload_optimizer:
         return OneRank(model, run, mesh)
-    from moe_engine.train.zero import ZeroEngine  # here: one data rank does not load DeepSpeed
+    from moe_engine.train.deepspeed_engine import DeepSpeedEngine  # here: one data rank does not load DeepSpeed
 
-    return ZeroEngine(model, run, mesh)
+    return DeepSpeedEngine(model, run, mesh)

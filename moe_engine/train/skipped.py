@@ -1,4 +1,7 @@
-"""Why a step was skipped: the post-mortem of a loss or gradient that is not finite. A healthy step pays nothing."""
+"""Why a step was skipped, the post-mortem of a loss or gradient that is not finite, and how many end a run.
+
+A healthy step pays nothing.
+"""
 
 from collections.abc import Sequence
 
@@ -6,12 +9,23 @@ import torch
 from torch import Tensor
 
 from moe_engine.data.loader import Batch
+from moe_engine.errors import EngineError
 from moe_engine.labels import IGNORE
 from moe_engine.model.router_losses import load_share
 from moe_engine.parallel.collectives import gather_rows, sum_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.train.engine import Engine
 from moe_engine.train.terms import Term, objective
+
+MAX_SKIPPED = 5  # skipped steps in a row that stop a run
+
+
+def too_many_skipped(step: int, why: str | None) -> EngineError:
+    """What ends a run whose last MAX_SKIPPED steps, up to `step`, were skipped."""
+    return EngineError(
+        f"{MAX_SKIPPED} steps in a row were skipped, the last because {why}; the weights are still those of step "
+        f"{step - MAX_SKIPPED}. Lower --lr, or look at the data of these steps"
+    )
 
 
 def why_skipped(engine: Engine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch], finite: bool) -> str:

@@ -236,7 +236,7 @@ def test_a_dash_or_a_dot_that_is_missing(argv: list[str], words: str) -> None:
     ],
 )
 def test_case_14_a_bucket_that_deepspeed_cannot_use(size: int, argv: list[str], refused: bool) -> None:
-    """tests/train/test_zero.py asks DeepSpeed itself."""
+    """tests/train/test_deepspeed_engine.py asks DeepSpeed itself."""
     argv = [*argv, "--set", f"parallel.allgather_bucket_size={size}", "--set", "parallel.reduce_bucket_size=7"]
     if not refused:
         loaded = load(argv, None)

@@ -47,7 +47,7 @@ def no_labels(arena: Arena, count: int) -> Injections:
 
 
 def blanked(arena: Arena, ranks: int, accumulation: int, all_blank: bool, zero: int) -> str | None:
-    import moe_engine.train.zero  # noqa: F401 (imported before the ranks are forked)
+    import moe_engine.train.deepspeed_engine  # noqa: F401 (imported before the ranks are forked)
     from moe_engine.train.evaluation import evaluate
     from moe_engine.train.session import make_engine
     from moe_engine.train.terms import pretraining_terms

@@ -26,8 +26,9 @@ from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from moe_engine.parallel.weight import initialise, note_of
 from moe_engine.train.engine import Engine
-from moe_engine.train.loop import MAX_SKIPPED, fit
+from moe_engine.train.loop import fit
 from moe_engine.train.session import build, make_engine
+from moe_engine.train.skipped import MAX_SKIPPED
 from moe_engine.train.step import accumulate, finish
 from moe_engine.train.terms import pretraining_terms
 from tests.faults.arena import Arena, Fault, Injections

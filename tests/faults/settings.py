@@ -22,10 +22,10 @@ from moe_engine.config.messages import KEYS, SECTIONS, problem_lines
 from moe_engine.data.corpus import open_corpus
 from moe_engine.errors import ConfigError
 from moe_engine.parallel.mesh import Mesh
-from moe_engine.train.asked import Asked
 from moe_engine.train.begin import begin
 from moe_engine.train.saving import Saving
 from moe_engine.train.session import Session, build
+from moe_engine.train.signals import Asked
 from tests.faults.arena import Arena, Fault, Injections
 from tests.faults.numbers import Listener, on_ranks
 from tests.faults.ranks import run_of

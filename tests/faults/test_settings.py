@@ -14,8 +14,8 @@ from moe_engine.config import checks, command_line, messages
 from moe_engine.config.section import OnResume, Setting
 from moe_engine.model.moe import Router
 from moe_engine.train import step
+from moe_engine.train.deepspeed_engine import DeepSpeedEngine
 from moe_engine.train.engine import StepOutcome
-from moe_engine.train.zero import ZeroEngine
 from tests.faults import numbers
 from tests.faults.arena import Arena
 from tests.faults.numbers import NUMBERS
@@ -96,15 +96,15 @@ def test_a_skip_without_a_name_is_noticed(failures: Failures, monkeypatch: pytes
 
 
 def test_a_weight_that_moves_in_a_skipped_step_is_noticed(failures: Failures, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = ZeroEngine.step
+    real = DeepSpeedEngine.step
 
-    def moving(self: ZeroEngine, lr: float) -> StepOutcome:
+    def moving(self: DeepSpeedEngine, lr: float) -> StepOutcome:
         outcome = real(self, lr)
         if outcome.skipped and self.mesh.world.rank == 1:
             next(iter(self.names)).data.view(-1)[0] += 1
         return outcome
 
-    monkeypatch.setattr(ZeroEngine, "step", moving)
+    monkeypatch.setattr(DeepSpeedEngine, "step", moving)
     assert "rank 1 stood still in steps [], spoiled were [2" in failures("D1", 1)[0]
 
 
@@ -115,12 +115,12 @@ def test_a_capacity_that_drops_nothing_is_noticed(failures: Failures, monkeypatc
 
 
 def test_a_gradient_of_the_wrong_size_is_noticed(failures: Failures, monkeypatch: pytest.MonkeyPatch) -> None:
-    real: Any = ZeroEngine.gradients
+    real: Any = DeepSpeedEngine.gradients
 
-    def doubled(self: ZeroEngine) -> dict[str, Tensor]:
+    def doubled(self: DeepSpeedEngine) -> dict[str, Tensor]:
         return {name: 2 * grad if "experts" in name else grad for name, grad in real(self).items()}
 
-    monkeypatch.setattr(ZeroEngine, "gradients", doubled)
+    monkeypatch.setattr(DeepSpeedEngine, "gradients", doubled)
     assert "experts.w_gate_up is off by 1.0e+00" in failures("D3", 1)[0]
 
 

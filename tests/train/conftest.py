@@ -4,4 +4,4 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch._dynamo
 import torch.distributed.tensor  # noqa: F401
 
-import moe_engine.train.zero  # noqa: F401
+import moe_engine.train.deepspeed_engine  # noqa: F401

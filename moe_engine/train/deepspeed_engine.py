@@ -31,7 +31,7 @@ from moe_engine.parallel.weight import note_of
 from moe_engine.train.engine import Engine, OwnedSlice, StepOutcome, make_moments
 
 
-class ZeroEngine(Engine):
+class DeepSpeedEngine(Engine):
     """A model under DeepSpeed. At stage 0 all is whole, and DeepSpeed but sums the gradients."""
 
     def __init__(self, model: nn.Module, run: Run, mesh: Mesh):

@@ -1,4 +1,4 @@
-"""The tables of docs/config.md, made of what the settings say: python -m moe_engine.config.page docs/config.md"""
+"""The tables of docs/config.md, made of what the settings say: python -m moe_engine.config.docs_page docs/config.md"""
 
 import re
 import sys

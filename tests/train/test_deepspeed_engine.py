@@ -9,10 +9,10 @@ import pytest
 from moe_engine.config.checks import layout_problems, other_problems
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
+from moe_engine.train.deepspeed_engine import DeepSpeedEngine
 from moe_engine.train.engine import OneRank
 from moe_engine.train.session import make_engine
 from moe_engine.train.terms import pretraining_terms
-from moe_engine.train.zero import ZeroEngine
 from tests.train.small import engine_of, my_batches, relative, run_of, train_step, transformer_of
 
 STEPS = 5
@@ -155,7 +155,7 @@ def test_case_23_one_rank_steps_as_deepspeed_does(precision: str):
         mesh = build_mesh(1, 1, 1)
         for clip, zero in itertools.product((0.0, 0.5), (1, 2)):
             run, states = run_of(accumulation=2, zero=zero, precision=precision, clip=clip), []
-            for make in (ZeroEngine, make_engine):
+            for make in (DeepSpeedEngine, make_engine):
                 engine, terms = make(transformer_of(run, mesh), run, mesh), pretraining_terms(run.model)
                 for step in range(3):
                     train_step(engine, terms, mesh, my_batches(run, mesh, step), 1e-3)
