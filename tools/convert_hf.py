@@ -112,29 +112,31 @@ def verify(options: argparse.Namespace) -> int:
     import torch
 
     from moe_engine.checkpoint.finite import nonfinite, refusal
-    from moe_engine.checkpoint.hf.export import open_checkpoint
     from moe_engine.checkpoint.hf.folder import HfFolder
     from moe_engine.checkpoint.hf.side_files import of_checkpoint
     from moe_engine.checkpoint.hf.tokenizer_files import as_trained
+    from moe_engine.checkpoint.open import open_checkpoint
     from moe_engine.checkpoint.weights_only import WHOLE_COPY
     from moe_engine.config.hf import differences
 
     folder = HfFolder(options.hf)
     warn(folder.notes)
-    reader, model = open_checkpoint(options.checkpoint)
+    checkpoint = open_checkpoint(options.checkpoint)
     different: list[str] = []
     strange: dict[str, str] = {}
-    for name in sorted(reader.shapes.keys() | folder.shapes.keys()):
-        here, there = reader.shapes.get(name), folder.shapes.get(name)
+    for name in sorted(checkpoint.shapes.keys() | folder.shapes.keys()):
+        here, there = checkpoint.shapes.get(name), folder.shapes.get(name)
         if here != there:
             different.append(f"{name}: {there} in the folder, {here} in the checkpoint")
-    for key, (here, there) in differences(model, folder.model).items():
+    for key, (here, there) in differences(checkpoint.model, folder.model).items():
         different.append(f"model.{key}: {there} in the folder, {here} in the checkpoint")
-    side = as_trained(of_checkpoint(options.checkpoint), reader.manifest.get("tokenizer"), model.vocab_size)
+    side = as_trained(
+        of_checkpoint(options.checkpoint), checkpoint.manifest.get("tokenizer"), checkpoint.model.vocab_size
+    )
     different += side_differences(folder.side, side)
     with bar(sum(entry.nbytes for entry in folder.entries.values()), "verify") as progress:
         for name, place in folder.places.items() if not different else ():
-            ours = reader.part(place.weight, place.box)
+            ours = checkpoint.part(place.weight, place.box)
             theirs = folder.part(place.weight, place.box)
             if said := nonfinite(theirs) or nonfinite(ours):
                 strange[name] = said

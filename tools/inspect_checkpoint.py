@@ -123,10 +123,10 @@ def training_lines(manifest: dict[str, Any]) -> list[str]:
 
 def weights_lines(folder: Path, manifest: dict[str, Any], whole: bool) -> list[str]:
     """Of a checkpoint of weights alone, imported or upcycled; the dtypes are in its files, if those are whole."""
-    from moe_engine.checkpoint.reader import Reader
+    from moe_engine.checkpoint.open import Checkpoint
 
     numel = [math.prod(shape) for shape in manifest["weights"].values()]
-    dtypes = ", ".join(Reader(folder, keep_open=1).elements_by_dtype()) if whole else "the dtypes that they came in"
+    dtypes = ", ".join(Checkpoint(folder, keep_open=1).elements_by_dtype()) if whole else "the dtypes that they came in"
     came = ", ".join(manifest["hf"].values())
     strange = "; ".join(f"{name}: {said}" for name, said in manifest.get("nonfinite", {}).items())
     return [
@@ -169,9 +169,9 @@ def compare(a: Path, b: Path, values: bool) -> tuple[list[str], int]:
 def moved(a: Path, b: Path, names: Sequence[str]) -> list[str]:
     """For each weight and kind |b - a| / |a|, and expert biases that differ; one weight at a time is in memory. Where
     one holds weights alone, there are no moments to compare."""
-    from moe_engine.checkpoint.reader import Reader
+    from moe_engine.checkpoint.open import Checkpoint
 
-    first, second = Reader(a), Reader(b)
+    first, second = Checkpoint(a), Checkpoint(b)
     alone = "hf" in first.manifest or "hf" in second.manifest
     lines = []
     for name in names:

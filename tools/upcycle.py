@@ -74,7 +74,7 @@ def upcycle(given: argparse.Namespace) -> int:
     child = child_of(given.method, parents[0].model, options)
 
     from moe_engine.upcycle.observe import observe, rows_of
-    from moe_engine.upcycle.result import compare, expected_of, hf_target, write
+    from moe_engine.upcycle.result import compare, hf_target, preservation_of, write
     from moe_engine.upcycle.source import Upcycled
     from moe_engine.upcycle.text import read_text
 
@@ -88,7 +88,7 @@ def upcycle(given: argparse.Namespace) -> int:
     print(f"wrote {given.out}; start from it with --init-from {given.out}")
     if text.receipt_BS is None:
         return 0
-    return compare(given, parents[0], text.receipt_BS, expected_of(given.method, options, parents[0]))
+    return compare(given, parents[0], text.receipt_BS, preservation_of(given.method, options, parents[0]))
 
 
 if __name__ == "__main__":

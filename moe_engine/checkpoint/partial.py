@@ -82,5 +82,4 @@ class Partial:
         for folder in {self.folder, *(above for name in self.files for above in (self.folder / name).parents)}:
             if self.folder.parent in folder.parents:
                 disk.sync_folder(folder)
-        disk.rename(self.folder, self.out)
-        disk.sync_folder(self.out.parent)
+        disk.publish(self.folder, self.out)

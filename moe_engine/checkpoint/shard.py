@@ -37,6 +37,11 @@ DTYPES = {
 TORCH_OF = {name: dtype for dtype, name in DTYPES.items()}
 
 
+def rank_file(rank: int) -> str:
+    """The file of one rank in a checkpoint's folder."""
+    return f"rank-{rank:05d}{SUFFIX}"
+
+
 class Digest(NamedTuple):
     """What a file has to be. Loading compares the size and xxh3 (128 bits); SHA-256 is for the record."""
 

@@ -19,8 +19,7 @@ from moe_engine.checkpoint.finite import nonfinite, refusal
 from moe_engine.checkpoint.manifest import write_manifest
 from moe_engine.checkpoint.partial import Partial
 from moe_engine.checkpoint.pieces import Box, Piece, volume
-from moe_engine.checkpoint.reader import rank_file
-from moe_engine.checkpoint.shard import Digest, Entry, Hasher, stream_shard
+from moe_engine.checkpoint.shard import Digest, Entry, Hasher, rank_file, stream_shard
 from moe_engine.config import Model
 from moe_engine.host import disk
 

@@ -10,19 +10,15 @@ Every document ends with `eos_id` and lies in one shard. A folder is written as 
 and flushed, so that a folder with this name is a whole one. Reading copies nothing: windows are views of np.memmap.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from moe_engine.errors import ConfigError, DataError
+from moe_engine.errors import DataError
 from moe_engine.host.files import size_in
 
 FORMAT = "moe_engine.tokens"
@@ -118,43 +114,6 @@ class ShardWriter:
 def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-@contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `out` when the block ends well, and is removed when it does not."""
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror}); choose another output folder") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock), partial.stat()):
-                raise BlockingIOError
-        except OSError:
-            raise ConfigError(f"{out}: another preparation is writing to it; wait or choose another folder") from None
-        try:
-            for left_over in partial.iterdir():
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-            yield partial
-            os.fsync(lock)
-            if out.exists():
-                shutil.rmtree(out)
-            os.rename(partial, out)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise ConfigError(f"{error.filename or out}: {error.strerror}; nothing was written to {out}") from None
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)
-    parent = os.open(out.parent, os.O_RDONLY)
-    os.fsync(parent)
-    os.close(parent)
 
 
 def write_data_manifest(folder: Path, manifest: dict[str, Any]) -> None:

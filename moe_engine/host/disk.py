@@ -80,6 +80,13 @@ def rename(old: Path, new: Path) -> None:
         os.replace(old, new)
 
 
+def publish(folder: Path, final: Path) -> None:
+    """Give a complete folder its name, and wait until that is on the disk; StorageError when the name is taken."""
+    sync_folder(folder)
+    rename(folder, final)
+    sync_folder(final.parent)
+
+
 def remove(path: Path) -> None:
     """Remove a folder, a file, or a link but not what it leads to; nothing happens when there is none.
 

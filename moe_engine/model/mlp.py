@@ -3,7 +3,6 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_engine.config import Model
 from moe_engine.ops import swiglu
 from moe_engine.parallel.collectives import all_gather, reduce_scatter
 from moe_engine.parallel.linear import RowLinear
@@ -14,10 +13,9 @@ from moe_engine.parallel.weight import weight
 class DenseMLP(nn.Module):
     """w_gate_up[2, F/tp, D] holds gate, then up; down[D, F/tp]."""
 
-    def __init__(self, config: Model, mesh: Mesh, width: int):
+    def __init__(self, hidden: int, width: int, std: float, mesh: Mesh):
         super().__init__()
         self.tp = mesh.tp
-        hidden, std = config.hidden_size, config.initializer_range
         self.w_gate_up = weight((2, width, hidden), cut={1: mesh.tp}, std=std)
         self.down = RowLinear(width, hidden, mesh.tp, std)
 

@@ -100,7 +100,7 @@ class MoE(nn.Module):
         )
         self.experts = Experts(config, mesh)
         width = config.shared_intermediate_size
-        self.shared = DenseMLP(config, mesh, width) if width else None
+        self.shared = DenseMLP(config.hidden_size, width, config.initializer_range, mesh) if width else None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
         """x[T/tp, D], normalised -> y[T/tp, D] and the routing of these tokens."""

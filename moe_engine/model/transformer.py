@@ -49,7 +49,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, mesh.tp)
         sparse = config.is_moe(layer)
         keep_h = recompute != "selective"
-        self.ffn = MoE(config, mesh, keep_h) if sparse else DenseMLP(config, mesh, config.intermediate_size)
+        hidden, width = config.hidden_size, config.intermediate_size
+        self.ffn = MoE(config, mesh, keep_h) if sparse else DenseMLP(hidden, width, config.initializer_range, mesh)
 
     def forward(self, x_TD: Tensor, at: Places) -> tuple[Tensor, Routing | None, Routing | None]:
         """x[T/tp, D] -> x[T/tp, D]. The feed-forward experts' outputs travel back outside what is recomputed."""

@@ -7,10 +7,9 @@ the run starts.
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_engine.checkpoint.compare import setting_changes
 from moe_engine.checkpoint.folders import folder_of, steps_in
 from moe_engine.checkpoint.manifest import read_manifest
-from moe_engine.checkpoint.reader import check_present, check_resume
+from moe_engine.checkpoint.resume_checks import check_present, check_resume, setting_changes
 from moe_engine.config import Run
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.files import obstacle

@@ -32,12 +32,12 @@ from moe_engine.data.shards import (
     SPLITS,
     TOKENIZER,
     ShardWriter,
-    atomic_folder,
     read_data_manifest,
     token_dtype,
     write_data_manifest,
 )
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.host.atomic_folder import atomic_folder
 from moe_engine.prepare.files import Listing, list_files
 from moe_engine.prepare.formats import BadRow, Chunk, documents, read_chunks
 from moe_engine.prepare.progress import Progress

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moe_engine.checkpoint.saver import Saver
+from moe_engine.checkpoint.save import Saver
 from moe_engine.config import Run
 from moe_engine.data.loader import Loader
 from moe_engine.errors import StorageError

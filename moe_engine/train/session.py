@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_engine.checkpoint.saver import Saver
+from moe_engine.checkpoint.save import Saver
 from moe_engine.config import Run
 from moe_engine.data.corpus import loader_of
 from moe_engine.data.loader import Loader, OpenDomain

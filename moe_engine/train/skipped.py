@@ -15,7 +15,7 @@ from moe_engine.model.router_losses import load_share
 from moe_engine.parallel.collectives import gather_rows, sum_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.train.engine import Engine
-from moe_engine.train.terms import Term, objective
+from moe_engine.train.terms import Term
 
 MAX_SKIPPED = 5  # skipped steps in a row that stop a run
 
@@ -82,7 +82,7 @@ def bad_gradients(engine: Engine, terms: Sequence[Term], batches: Sequence[Batch
         inputs = (batch.tokens_BS, batch.positions_BS, batch.labels_BS)
         output = torch.func.functional_call(engine.model, twins, inputs)
         load = [load_share(stats.count_NBE.sum(1)) for stats in output.stats]
-        counts = [max(int(term.count(batch)), 1) for term in terms]
-        loss, _ = objective(terms, counts, batch, output, load)
-        loss.backward()
+        minimised = [term for term in terms if term.coefficient]
+        parts = [t.coefficient * t.total(batch, output, load) / max(int(t.count(batch)), 1) for t in minimised]
+        torch.stack(parts).sum().backward()
     return sorted(bad)

@@ -16,9 +16,9 @@ import torch
 import moe_engine
 from moe_engine.checkpoint.finite import nonfinite
 from moe_engine.checkpoint.hf.first_weights import check_shapes
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.checkpoint.pieces import Piece
-from moe_engine.checkpoint.reader import Reader
-from moe_engine.checkpoint.saver import Saver, Shard
+from moe_engine.checkpoint.save import Saver, Shard
 from moe_engine.checkpoint.source import Source
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import key_of, note_of
@@ -70,7 +70,7 @@ def load_state(
     heartbeat: called as it goes on. The random state continues on the layout that wrote it; on another one each rank
     starts a stream of its own.
     """
-    reader = Reader(folder)
+    reader = Checkpoint(folder)
     engine.create_optimizer_states()
     by_name = {name: p for p, name in engine.names.items()}
     for owned in engine.owned():
@@ -112,7 +112,7 @@ def load_weights(engine: Engine, source: Source, heartbeat: Callable[[], None] =
         source.fill("master", piece_of(owned, by_name[owned.name]), owned.master)
         if nonfinite(owned.master):
             found.append(owned.name)
-    biases = source.extra(0) if isinstance(source, Reader) else {}
+    biases = source.extra(0) if isinstance(source, Checkpoint) else {}
     for i, router in enumerate(engine.routers):
         if router.expert_bias is not None and f"expert_bias/{i}" in biases:
             router.expert_bias.copy_(biases[f"expert_bias/{i}"])

@@ -1,6 +1,6 @@
 """One optimizer step: `accumulate` (counts, micro-batches forward and backward), then `finish` (AdamW, measures).
 
-The objective is a sum of terms (terms.py), each with one divisor for the whole global batch. Dense and expert gradients
+Each term of the objective (objective.py) has one divisor for the whole global batch. Dense and expert gradients
 therefore share one divisor too, and a step does not depend on how its samples are spread over ranks and micro-batches.
 """
 
@@ -17,9 +17,10 @@ from moe_engine.model.transformer import Output
 from moe_engine.parallel.collectives import sum_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.train.engine import Engine
+from moe_engine.train.objective import global_counts, objective
 from moe_engine.train.skipped import why_skipped
 from moe_engine.train.tally import StepReport, Tally
-from moe_engine.train.terms import Measure, Term, global_counts, objective
+from moe_engine.train.terms import Measure, Term
 
 
 def accumulate(engine: Engine, terms: Sequence[Term], mesh: Mesh, batches: Sequence[Batch]) -> Tally:

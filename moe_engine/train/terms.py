@@ -1,10 +1,6 @@
-"""The objective is a sum of terms:
+"""The terms that the objective is a sum of (objective.py), and the numbers that each logs.
 
-    L = sum over terms of  coefficient * (sum over the global batch) / (count over the global batch)
-
-A term's count is known from the batch before any forward pass, so each micro-batch of each rank adds its own part and
-nothing depends on how samples are spread over them: ragged micro-batches weigh as much as they hold. What a term is
-called and what it measures is logged under that name without further code (docs/adding-a-term.md).
+What a term is called and what it measures is logged under that name without further code (docs/adding-a-term.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +14,6 @@ from moe_engine.data.loader import Batch
 from moe_engine.labels import IGNORE
 from moe_engine.model.router_losses import balance_loss, z_loss
 from moe_engine.model.transformer import Output
-from moe_engine.parallel.collectives import sum_
-from moe_engine.parallel.mesh import Axis
 
 
 class Measure(NamedTuple):
@@ -140,25 +134,3 @@ def load_names(config: Model) -> list[str]:
     """What the load of each kind of router is logged as, in the order of `Output.stats`."""
     names = {"expert_load": config.num_moe_layers, "attention_load": config.num_attention_moe_layers}
     return [name for name, layers in names.items() if layers]
-
-
-def global_counts(terms: Sequence[Term], batches: Sequence[Batch], data: Axis) -> list[int]:
-    """The divisor of each term: its count over all micro-batches of all data ranks. Collective, one all-reduce."""
-    counts = torch.stack([torch.stack([term.count(batch) for term in terms]) for batch in batches])
-    return sum_(counts.sum(0), data).tolist()
-
-
-def objective(
-    terms: Sequence[Term], counts: Sequence[int], batch: Batch, output: Output, load: Sequence[Tensor] | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """What one micro-batch adds to the objective, a scalar, and the total of each term by name, detached.
-
-    A count of 0, such as a global batch without labels, makes it nan, which skips the step.
-    """
-    loss, totals = output.loss_T.new_zeros(()), {}
-    for term, count in zip(terms, counts, strict=True):
-        total = term.total(batch, output, load)
-        totals[term.name] = total.detach()
-        if term.coefficient:
-            loss = loss + term.coefficient * (total / count)
-    return loss, totals

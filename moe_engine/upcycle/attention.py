@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moe_engine.config import Model
 from moe_engine.errors import ConfigError
-from moe_engine.upcycle.expected import Expected
 from moe_engine.upcycle.options import Options, changed
+from moe_engine.upcycle.preservation import Preservation
 
 
 class AttentionExperts(NamedTuple):
@@ -50,9 +50,9 @@ def build(parent: Model, options: Options, q: Tensor, k: Tensor, v: Tensor, o: T
     return AttentionExperts(q.reshape(experts, heads, dim, q.shape[1]).clone(), k, v, w_o)
 
 
-def expected(options: Options) -> Expected:
+def preserves(options: Options) -> Preservation:
     """A token meets only the tokens of its own experts."""
-    return Expected(
+    return Preservation(
         "not preserved: the keys of an expert come from the tokens routed to it; dense attention only where all "
         "attention experts are chosen, with equal weights and scale A"
     )

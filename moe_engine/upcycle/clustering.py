@@ -12,7 +12,7 @@ from moe_engine.upcycle.kmeans import kmeans
 from moe_engine.upcycle.layer import Dense, Routed, generator, take
 from moe_engine.upcycle.options import Options, part
 
-expected = random.expected
+preserves = random.preserves
 
 
 def child(parent: Model, options: Options) -> Model:

@@ -7,9 +7,9 @@ on all elements, or on a random noise_share of them (noise upcycling).
 import torch
 
 from moe_engine.config import Model
-from moe_engine.upcycle.expected import Expected, copies
 from moe_engine.upcycle.layer import Dense, Routed, take, with_noise
 from moe_engine.upcycle.options import Options, upcycled
+from moe_engine.upcycle.preservation import Preservation, copies
 
 
 def child(parent: Model, options: Options) -> Model:
@@ -26,8 +26,8 @@ def build(layer: int, dense: Dense, options: Options) -> Routed:
     return with_noise(routed, options, layer, options.noise_std or 0.0)
 
 
-def expected(options: Options) -> Expected:
+def preserves(options: Options) -> Preservation:
     """Exact without noise, where the weights are renormalised."""
     if options.noise_std:
-        return Expected(f"not preserved: the experts carry noise of std {options.noise_std}")
+        return Preservation(f"not preserved: the experts carry noise of std {options.noise_std}")
     return copies(options)

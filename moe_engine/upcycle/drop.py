@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moe_engine.config import Model
 from moe_engine.upcycle import copy
-from moe_engine.upcycle.expected import Expected, copies
 from moe_engine.upcycle.layer import Dense, Routed, generator, take
 from moe_engine.upcycle.options import Options
+from moe_engine.upcycle.preservation import Preservation, copies
 
 
 def child(parent: Model, options: Options) -> Model:
@@ -39,11 +39,11 @@ def build(layer: int, dense: Dense, options: Options) -> Routed:
     return routed
 
 
-def expected(options: Options) -> Expected:
+def preserves(options: Options) -> Preservation:
     """Exact if nothing is dropped."""
     if options.drop_ratio == 0:
         return copies(options)
-    return Expected(f"not preserved: {options.drop_ratio:.0%} of the neurons of each expert start anew")
+    return Preservation(f"not preserved: {options.drop_ratio:.0%} of the neurons of each expert start anew")
 
 
 def _choose(neurons: int, options: Options, draw: torch.Generator) -> Tensor:

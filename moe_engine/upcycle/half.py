@@ -8,9 +8,9 @@ import torch
 
 from moe_engine.config import Model
 from moe_engine.errors import ConfigError
-from moe_engine.upcycle.expected import Expected
 from moe_engine.upcycle.layer import Dense, Routed, take, with_noise
 from moe_engine.upcycle.options import Options, upcycled
+from moe_engine.upcycle.preservation import Preservation
 
 NOISE_STD = 1e-3
 
@@ -31,6 +31,6 @@ def build(layer: int, dense: Dense, options: Options) -> Routed:
     return with_noise(routed, options, layer, NOISE_STD if options.noise_std is None else options.noise_std)
 
 
-def expected(options: Options) -> Expected:
+def preserves(options: Options) -> Preservation:
     """Not preserved."""
-    return Expected("not preserved: half of the neurons are gone and the rest is scaled by the top-k mass")
+    return Preservation("not preserved: half of the neurons are gone and the rest is scaled by the top-k mass")

@@ -8,7 +8,7 @@ from moe_engine.upcycle import gradient, random
 from moe_engine.upcycle.layer import Dense, Routed, take
 from moe_engine.upcycle.options import Options, part
 
-expected = random.expected
+preserves = random.preserves
 
 
 def child(parent: Model, options: Options) -> Model:

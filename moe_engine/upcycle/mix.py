@@ -11,9 +11,9 @@ from torch import Tensor
 from moe_engine.config import Model
 from moe_engine.errors import ConfigError
 from moe_engine.upcycle import copy
-from moe_engine.upcycle.expected import Expected
 from moe_engine.upcycle.layer import Dense, Routed
 from moe_engine.upcycle.options import Options
+from moe_engine.upcycle.preservation import Preservation
 
 
 def child(parent: Model, options: Options) -> Model:
@@ -37,9 +37,9 @@ def average(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack([weight.float() for weight in weights]).mean(dim=0).to(weights[0].dtype)
 
 
-def expected(options: Options) -> Expected:
+def preserves(options: Options) -> Preservation:
     """Of several parents."""
-    return Expected("not preserved: the experts are different models and the rest is their average")
+    return Preservation("not preserved: the experts are different models and the rest is their average")
 
 
 def _check(weights: Sequence[Tensor]) -> None:

@@ -3,9 +3,9 @@
 import torch
 
 from moe_engine.config import Model
-from moe_engine.upcycle.expected import Expected, partition
 from moe_engine.upcycle.layer import Dense, Routed, generator, take
 from moe_engine.upcycle.options import Options, part, partitioned
+from moe_engine.upcycle.preservation import Preservation, partition
 
 
 def child(parent: Model, options: Options) -> Model:
@@ -21,6 +21,6 @@ def build(layer: int, dense: Dense, options: Options) -> Routed:
     return take(dense, neuron_Ef.to(dense.gate_FD.device))
 
 
-def expected(options: Options) -> Expected:
+def preserves(options: Options) -> Preservation:
     """Not preserved, unless all experts are chosen."""
     return partition(options.scale or options.experts / options.top_k, options.experts)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moe_engine.model.transformer import Transformer
-from moe_engine.upcycle.expected import Expected
+from moe_engine.upcycle.preservation import Preservation
 
-UNSTATED = Expected("nothing is known of this method")
+UNSTATED = Preservation("nothing is known of this method")
 
 
 class Receipt(NamedTuple):
@@ -31,7 +31,7 @@ class Receipt(NamedTuple):
 
 
 @torch.no_grad()
-def receipt(parent: Transformer, child: Transformer, tokens_BS: Tensor, expected: Expected = UNSTATED) -> Receipt:
+def receipt(parent: Transformer, child: Transformer, tokens_BS: Tensor, expected: Preservation = UNSTATED) -> Receipt:
     """Both on tokens_BS (int64) in fp32 and without router noise, on one rank: one pass of each over all layers, then
     the logits of one sequence at a time."""
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)

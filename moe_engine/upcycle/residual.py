@@ -11,7 +11,7 @@ from moe_engine.upcycle import sharing_inter
 from moe_engine.upcycle.layer import Dense, Routed
 from moe_engine.upcycle.options import Options, partitioned
 
-expected = sharing_inter.expected
+preserves = sharing_inter.preserves
 
 
 def child(parent: Model, options: Options) -> Model:

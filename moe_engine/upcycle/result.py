@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_engine.checkpoint.hf.export import open_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.to_checkpoint import identity_of
 from moe_engine.checkpoint.hf.write import Target, cut, write_hf
+from moe_engine.checkpoint.open import open_checkpoint
 from moe_engine.checkpoint.pieces import Box, Piece, volume
 from moe_engine.checkpoint.shard import Entry
 from moe_engine.checkpoint.weights_only import Written, write_weights
@@ -22,9 +22,9 @@ from moe_engine.config.messages import problem_lines
 from moe_engine.errors import ConfigError
 from moe_engine.upcycle import attention
 from moe_engine.upcycle.decoder import streamed
-from moe_engine.upcycle.expected import Expected
 from moe_engine.upcycle.methods import METHODS
 from moe_engine.upcycle.options import Options
+from moe_engine.upcycle.preservation import Preservation
 from moe_engine.upcycle.receipt import receipt
 from moe_engine.upcycle.source import Upcycled
 from moe_engine.upcycle.stages import stage
@@ -92,24 +92,25 @@ def read_so_far(text: Text) -> str:
     return digest.hexdigest()
 
 
-def expected_of(method: str, options: Options, parent: HfFolder) -> Expected:
+def preservation_of(method: str, options: Options, parent: HfFolder) -> Preservation:
     """What theory says, of weights in the parent's dtype."""
     if options.attention_experts:
-        return attention.expected(options)
-    found = METHODS[method].expected(options)
+        return attention.preserves(options)
+    found = METHODS[method].preserves(options)
     kinds, factor = list(parent.elements_by_dtype()), options.granularity
     if method == "virtual" and found.bound is not None and kinds != ["float32"] and factor & (factor - 1):
-        return Expected(f"exact but for w_down times {factor}, rounded to {kinds[0]}")
+        return Preservation(f"exact but for w_down times {factor}, rounded to {kinds[0]}")
     return found
 
 
-def compare(given: argparse.Namespace, parent: HfFolder, tokens_BS: Tensor, expected: Expected) -> int:
+def compare(given: argparse.Namespace, parent: HfFolder, tokens_BS: Tensor, expected: Preservation) -> int:
     """The receipt, from what was written; the exit code."""
     if given.format == "hf":
         source = HfFolder(given.out)
         child = source, source.model
     else:
-        child = open_checkpoint(given.out)
+        checkpoint = open_checkpoint(given.out)
+        child = checkpoint, checkpoint.model
     layers = 2 * parent.model.num_hidden_layers
     with stage("comparing", layers, "layers") as progress:
         found = receipt(streamed(parent, parent.model, progress), streamed(*child, progress), tokens_BS, expected)

@@ -4,10 +4,10 @@ from torch import Tensor
 
 from moe_engine.config import Model
 from moe_engine.errors import ConfigError
-from moe_engine.upcycle.expected import Expected
 from moe_engine.upcycle.layer import Dense, Routed, take
 from moe_engine.upcycle.neurons import checked, top
 from moe_engine.upcycle.options import Options, part, partitioned
+from moe_engine.upcycle.preservation import Preservation
 
 
 def child(parent: Model, options: Options) -> Model:
@@ -22,9 +22,9 @@ def build(layer: int, dense: Dense, options: Options, score_EF: Tensor) -> Route
     return take(dense, neuron_Em.to(dense.gate_FD.device))
 
 
-def expected(options: Options) -> Expected:
+def preserves(options: Options) -> Preservation:
     """Not preserved: no partition."""
-    return Expected("not preserved: neurons are in several experts or in none")
+    return Preservation("not preserved: neurons are in several experts or in none")
 
 
 def _width(neurons: int, options: Options) -> int:

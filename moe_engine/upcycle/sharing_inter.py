@@ -10,10 +10,10 @@ from torch import Tensor
 
 from moe_engine.config import Model
 from moe_engine.errors import ConfigError
-from moe_engine.upcycle.expected import Expected
 from moe_engine.upcycle.layer import Dense, Routed, take, take_shared
 from moe_engine.upcycle.neurons import checked, greedy, shared_pool, top
 from moe_engine.upcycle.options import Options, part, partitioned
+from moe_engine.upcycle.preservation import Preservation
 
 
 def child(parent: Model, options: Options) -> Model:
@@ -34,9 +34,9 @@ def build(layer: int, dense: Dense, options: Options, score_EF: Tensor) -> Route
     return routed._replace(shared=take_shared(dense, shared.to(device)))
 
 
-def expected(options: Options) -> Expected:
+def preserves(options: Options) -> Preservation:
     """Not preserved: the shared neurons are exact, the routed ones are chosen."""
-    return Expected("not preserved: the shared neurons are all there, the others only where their expert is chosen")
+    return Preservation("not preserved: the shared neurons are all there, the others only where their expert is chosen")
 
 
 def expert_width(neurons: int, options: Options) -> int:

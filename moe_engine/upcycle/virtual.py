@@ -17,9 +17,9 @@ from torch import Tensor
 
 from moe_engine.config import Model
 from moe_engine.errors import ConfigError
-from moe_engine.upcycle.expected import Expected, exact
 from moe_engine.upcycle.layer import Dense, Routed, take
 from moe_engine.upcycle.options import Options, part, upcycled
+from moe_engine.upcycle.preservation import Preservation, exact
 
 
 def child(parent: Model, options: Options) -> Model:
@@ -54,15 +54,15 @@ def repeat_rows(router_ND: Tensor, options: Options) -> Tensor:
     return router_ND[:groups].repeat_interleave(options.granularity, dim=0)
 
 
-def expected(options: Options) -> Expected:
+def preserves(options: Options) -> Preservation:
     """Exact with renormalised weights and s on w_down."""
     if options.compat and factor(options) != 1:
-        return Expected(
+        return Preservation(
             "not preserved: s^(1/3) on gate and up is no factor s of a SwiGLU (7 to 20 % off at s = 2 to 8)"
         )
     if options.norm_topk_prob:
         return exact("each shard is taken K/G times and s = G makes up for its share of the weights")
-    return Expected("scaled: by the top-k mass times N/K; exact for a uniform router alone")
+    return Preservation("scaled: by the top-k mass times N/K; exact for a uniform router alone")
 
 
 def _times(weight: Tensor, factor: float) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from moe_engine.checkpoint.pieces import Piece
-from moe_engine.checkpoint.saver import Saver, Shard
+from moe_engine.checkpoint.save import Saver, Shard
 from moe_engine.parallel.mesh import Axis
 
 WHOLE = torch.arange(24.0).view(4, 6)

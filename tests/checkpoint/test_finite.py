@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from moe_engine.checkpoint.finite import nonfinite
-from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.open import Checkpoint
 from tests.checkpoint.hf.small import save, tensors_of, theirs
 from tools import convert_hf, upcycle
 
@@ -56,7 +56,7 @@ def test_case_08_import_verify_and_export_count_and_refuse(
     assert convert("import", "--hf", broken, "--out", ck, "--allow-nonfinite") == 0
     report = capsys.readouterr().out
     assert all(line in report for line in SAID)
-    assert dict(line.split(": ") for line in SAID) == Reader(ck).manifest["nonfinite"]
+    assert dict(line.split(": ") for line in SAID) == Checkpoint(ck).manifest["nonfinite"]
     for command in (["verify", "--hf", broken], ["export", "--out", out]):
         assert convert(*command, "--checkpoint", ck) == 65
         report = capsys.readouterr().err

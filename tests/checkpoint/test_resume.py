@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from moe_engine.checkpoint.find import verify
 from moe_engine.checkpoint.folders import steps_in
-from moe_engine.checkpoint.reader import Reader, verify
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.errors import DataError, StorageError
 from moe_engine.host import disk
 from moe_engine.log.rows import read_rows
@@ -79,7 +80,7 @@ def test_same_layout_is_bit_exact(corpus: Path, tmp_path: Path, layout: Layout, 
     for key, tensor in wanted.items():
         assert torch.equal(tensor, found[key]), key
     names = dict(transformer_of(loop_run(corpus, tmp_path, layout, settings=settings), Mesh()).named_parameters())
-    reader = Reader(half)
+    reader = Checkpoint(half)
     for name, p in names.items():
         whole = reader.whole(name)
         assert whole.shape == p.shape
@@ -130,7 +131,7 @@ def test_another_layout_continues_the_same_run(
     for ours, theirs in zip(resumed, straight[5:], strict=True):
         for key in ("loss", "lm_loss", "aux_loss", "grad_norm", "lr"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
-    wanted, found = (Reader(tmp_path / x / "checkpoints" / "step-00000010") for x in ("straight", "resumed"))
+    wanted, found = (Checkpoint(tmp_path / x / "checkpoints" / "step-00000010") for x in ("straight", "resumed"))
     whole = transformer_of(loop_run(corpus, tmp_path, first, settings={"model": model}), Mesh())
     for name, _ in whole.named_parameters():
         for kind in ("master", "exp_avg", "exp_avg_sq"):
@@ -152,7 +153,7 @@ def test_case_23_one_data_rank_continues_on_two_and_back(
     for ours, theirs in zip(resumed, straight[2:], strict=True):
         for key in ("loss", "lm_loss", "aux_loss", "grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if precision == "fp32" else 2**-8), key
-    wanted, found = (Reader(tmp_path / x / "checkpoints" / "step-00000004") for x in ("straight", "resumed"))
+    wanted, found = (Checkpoint(tmp_path / x / "checkpoints" / "step-00000004") for x in ("straight", "resumed"))
     for name, _ in transformer_of(loop_run(corpus, tmp_path, first, settings=settings), Mesh()).named_parameters():
         for kind in ("master", "exp_avg", "exp_avg_sq"):
             rounded = precision == "bf16" and kind != "master"  # DeepSpeed adds the ranks' gradients in bf16

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_engine.checkpoint.find import verify
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.checkpoint.pieces import Box, Piece
-from moe_engine.checkpoint.reader import Reader, verify
 from moe_engine.checkpoint.weights_only import Written, hash_of, write_weights
 from moe_engine.config import Model
 from moe_engine.errors import StorageError
@@ -55,7 +56,7 @@ def test_is_a_checkpoint_with_the_bits_it_was_given(tmp_path: Path) -> None:
     beats: list[int] = []
     written = write(tmp_path / "out", [PIECES, NORM], progress=beats.append)
     assert verify(tmp_path / "out", ALONE) == []
-    reader = Reader(tmp_path / "out")
+    reader = Checkpoint(tmp_path / "out")
     for name, tensor in SOURCE.tensors.items():
         found = reader.whole(name, dtype=None)
         assert found.dtype == tensor.dtype and torch.equal(found.view(torch.uint8), tensor.view(torch.uint8)), name

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_engine.data.shards import ShardWriter, atomic_folder, token_dtype, write_data_manifest
+from moe_engine.data.shards import ShardWriter, token_dtype, write_data_manifest
+from moe_engine.host.atomic_folder import atomic_folder
 
 MakeDataset = Callable[..., Path]
 

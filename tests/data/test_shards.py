@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_engine.data.shards import MANIFEST, ShardWriter, TokenDataset, atomic_folder, read_data_manifest, token_dtype
+from moe_engine.data.shards import MANIFEST, ShardWriter, TokenDataset, read_data_manifest, token_dtype
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.host.atomic_folder import atomic_folder
 
 
 def documents(count: int, seed: int = 0) -> list[np.ndarray]:
@@ -170,7 +171,7 @@ def test_publish_after_a_kill_starts_clean(tmp_path: Path) -> None:
     script = """
 import os, signal, sys
 from pathlib import Path
-from moe_engine.data.shards import atomic_folder
+from moe_engine.host.atomic_folder import atomic_folder
 with atomic_folder(Path(sys.argv[1])) as folder:
     (folder / "left_over").write_text("x")
     os.kill(os.getpid(), signal.SIGKILL)

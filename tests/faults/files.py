@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from moe_engine.checkpoint import shard
+from moe_engine.checkpoint.find import find_checkpoint, verify
 from moe_engine.checkpoint.folders import folder_of, steps_in
 from moe_engine.checkpoint.pieces import Piece
-from moe_engine.checkpoint.reader import choose, verify
-from moe_engine.checkpoint.saver import MANIFEST_BYTES, Saver, Shard
+from moe_engine.checkpoint.save import MANIFEST_BYTES, Saver, Shard
 from moe_engine.errors import EngineError, StorageError
 from moe_engine.host import disk
 from moe_engine.parallel.mesh import Axis
@@ -45,7 +45,7 @@ def noticed(root: Path, what: str, touched: Path) -> str | None:
     if not any(touched.name in problem or folder.name in problem for problem in problems):
         return f"{what}: {problems[0]} does not name {touched.name}"
     said: list[str] = []
-    chosen = choose("auto", root, ALONE, said.append)
+    chosen = find_checkpoint("auto", root, ALONE, said.append)
     if chosen != folder_of(root, 9) or len(said) != 1 or "step 9" not in said[0]:
         return f"{what}: {chosen} was chosen, and said: {said}"
     return None

@@ -18,8 +18,9 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from moe_engine.checkpoint.find import find_checkpoint, verify
 from moe_engine.checkpoint.manifest import NAME, SEAL, read_manifest
-from moe_engine.checkpoint.reader import Reader, choose, verify
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.config.command_line import load
 from moe_engine.data.loader import open_domains
 from moe_engine.data.shards import MANIFEST
@@ -85,15 +86,15 @@ def a_shard(place: Path, payload: bytes) -> None:
     (folder / SHARD).write_bytes(payload)
     (place / "latest").write_bytes(payload)
     resealed(folder, files={SHARD: entry_of(payload)})
-    assert choose("auto", place, ALONE, [].append) == folder, "the checksums were made to hold"
-    Reader(folder).whole("w")
+    assert find_checkpoint("auto", place, ALONE, [].append) == folder, "the checksums were made to hold"
+    Checkpoint(folder).whole("w")
 
 
 def a_manifest(place: Path, payload: bytes) -> None:
     folder = small_checkpoint(place)
     (folder / NAME).write_bytes(payload)
     assert verify(folder, ALONE), "taken for a manifest"
-    choose(str(folder), place, ALONE, [].append)
+    find_checkpoint(str(folder), place, ALONE, [].append)
 
 
 def a_sealed_manifest(place: Path, payload: bytes) -> None:

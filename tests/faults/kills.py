@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moe_engine.checkpoint.find import find_checkpoint
 from moe_engine.checkpoint.folders import steps_in
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.checkpoint.pieces import Piece
-from moe_engine.checkpoint.reader import Reader, choose
-from moe_engine.checkpoint.saver import Saver, Shard
+from moe_engine.checkpoint.save import Saver, Shard
 from moe_engine.config import Run
 from moe_engine.errors import EngineError
 from moe_engine.host import disk
@@ -182,10 +183,10 @@ def crash_at(arena: Arena, rank: int, number: int, when: str) -> str | None:
     warnings: list[str] = []
     try:
         Saver(root, Axis("world"))  # what the next run does first
-        folder = choose("auto", root, Axis("world"), warnings.append)
+        folder = find_checkpoint("auto", root, Axis("world"), warnings.append)
         if folder is None or warnings:
             return where + (f"{warnings}" if warnings else "no checkpoint is left")
-        value = Reader(folder).whole("w")
+        value = Checkpoint(folder).whole("w")
         step = int(folder.name.partition("-")[2])
         if not torch.equal(value, WHOLE + step):
             return f"{where}step {step} holds other values"

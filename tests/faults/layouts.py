@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moe_engine.checkpoint.folders import folder_of
 from moe_engine.checkpoint.manifest import read_manifest
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.checkpoint.pieces import Piece
-from moe_engine.checkpoint.reader import Reader
-from moe_engine.checkpoint.saver import Saver
+from moe_engine.checkpoint.save import Saver
 from moe_engine.checkpoint.shard import open_shard
 from moe_engine.errors import EngineError
 from moe_engine.log.rows import read_rows
@@ -42,10 +42,10 @@ def resharded(arena: Arena, count: int) -> Injections:
         run_of(arena.corpus(), start, first, zero=zero, jitter=False, steps=STEPS + 1, save_every=STEPS)
     ):
         raise EngineError(f"an untouched run failed: {found}")
-    truth, goal = Reader(folder_of(start / "checkpoints", STEPS)), last_row(start)
+    truth, goal = Checkpoint(folder_of(start / "checkpoints", STEPS)), last_row(start)
     wholes = {(name, kind): truth.whole(name, kind) for name in truth.manifest["weights"] for kind in KINDS}
     taken = {key: taken_over(arena, truth.folder, *key) for key in layouts}
-    readers = {key: Reader(folder) for key, (folder, _) in taken.items()}
+    readers = {key: Checkpoint(folder) for key, (folder, _) in taken.items()}
     for source, target in itertools.islice(itertools.product(layouts, repeat=2), count):
         what = f"{source} -> {target}"
         yield moved(readers[source], readers[target], wholes, what) or agree(taken[target][1], goal, what)
@@ -74,7 +74,7 @@ def last_row(out: Path) -> list[float]:
     return [row["loss"], row["grad_norm"]]
 
 
-def pieces_of(reader: Reader) -> list[Piece]:
+def pieces_of(reader: Checkpoint) -> list[Piece]:
     """What the ranks of a checkpoint own, from the files' own tables."""
     tables = [open_shard(reader.folder / name).metadata()["pieces"] for name in reader.manifest["files"]]
     return [
@@ -84,7 +84,7 @@ def pieces_of(reader: Reader) -> list[Piece]:
     ]
 
 
-def moved(source: Reader, target: Reader, wholes: dict[tuple[str, str], Tensor], what: str) -> str | None:
+def moved(source: Checkpoint, target: Checkpoint, wholes: dict[tuple[str, str], Tensor], what: str) -> str | None:
     """Each piece of the target, filled from the source, is bit for bit the original's."""
     for piece in pieces_of(target):
         for kind in KINDS:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from moe_engine.checkpoint.find import find_checkpoint, verify
 from moe_engine.checkpoint.manifest import NAME
-from moe_engine.checkpoint.reader import Reader, choose, verify
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.config.command_line import load
 from moe_engine.data.shards import MANIFEST
 from moe_engine.errors import ConfigError, DataError
@@ -102,8 +103,8 @@ def wrong_checkpoint(place: Path, wrong: Wrong) -> str | None:
     if not problems or any(len(problem) > LONGEST for problem in problems):
         return f"verification says {problems}"
     actions: tuple[Callable[[], object], ...] = (
-        lambda: choose(str(folder), place, ALONE, [].append),
-        lambda: Reader(folder),
+        lambda: find_checkpoint(str(folder), place, ALONE, [].append),
+        lambda: Checkpoint(folder),
     )
     found = [within(SECONDS, refusal, action) for action in actions]
     return None if all(isinstance(error, DataError) for error in found) else f"it is read: {found}"
@@ -125,7 +126,10 @@ ATTACKS = {"a checkpoint": wrong_checkpoint, "prepared data": wrong_data}
 NO_FILES: dict[str, Wrong] = {"a pipe": piped, "a link to a device": linked_to_a_device}
 # what is read without a manifest that names it: where it lies, and what reads it
 UNNAMED: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
-    "a checkpoint's manifest": (f"step-00000003/{NAME}", lambda place, _: choose("auto", place, ALONE, [].append)),
+    "a checkpoint's manifest": (
+        f"step-00000003/{NAME}",
+        lambda place, _: find_checkpoint("auto", place, ALONE, [].append),
+    ),
     "a manifest of tokens": (f"tokens/{MANIFEST}", lambda _, file: read_data(file.parent)),
     "an index": ("tokens/d-train-00000.idx", lambda _, file: read_data(file.parent)),
     "text of a folder": ("text/a.txt", lambda place, file: make(file.parent, place / "out")),

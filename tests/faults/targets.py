@@ -10,9 +10,8 @@ import torch
 
 from moe_engine.checkpoint.manifest import read_manifest, write_manifest
 from moe_engine.checkpoint.pieces import Piece
-from moe_engine.checkpoint.reader import rank_file
-from moe_engine.checkpoint.saver import Saver, Shard
-from moe_engine.checkpoint.shard import Hasher
+from moe_engine.checkpoint.save import Saver, Shard
+from moe_engine.checkpoint.shard import Hasher, rank_file
 from moe_engine.data.loader import Loader, open_domains
 from moe_engine.data.shards import MANIFEST
 from moe_engine.parallel.mesh import Axis

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_engine.checkpoint import reader, saver
+from moe_engine.checkpoint import find, save
 from moe_engine.checkpoint.folders import prune, publish_step, steps_in
 from moe_engine.host.signals import Requests
 from moe_engine.train import state
@@ -38,7 +38,7 @@ def test_every_id_is_in_a_tier():
 
 
 def test_checksums_that_nobody_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reader, "problems_of", lambda *arguments: [])
+    monkeypatch.setattr(find, "problems_of", lambda *arguments: [])
     assert failures(tmp_path, "C1", 4)
 
 
@@ -46,23 +46,23 @@ def test_checksums_that_nobody_compares(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_old_checkpoint_removed_before_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def in_the_wrong_order(temporary: Path, final: Path) -> None:
         for step in steps_in(final.parent):
-            saver.disk.remove(saver.folder_of(final.parent, step))
+            save.disk.remove(save.folder_of(final.parent, step))
         publish_step(temporary, final)
 
-    monkeypatch.setattr(saver, "publish_step", in_the_wrong_order)
-    monkeypatch.setattr(saver, "prune", lambda *arguments: prune(arguments[0], 0, 0))
+    monkeypatch.setattr(save, "publish_step", in_the_wrong_order)
+    monkeypatch.setattr(save, "prune", lambda *arguments: prune(arguments[0], 0, 0))
     assert any("no checkpoint is left" in found for found in failures(tmp_path, "A2", 40))
 
 
 def test_expert_biases_that_do_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """FlagScale #412: the resumed run is not the untouched one."""
-    real = state.Reader.extra
+    real = state.Checkpoint.extra
 
-    def forget(self: reader.Reader, rank: int) -> dict[str, torch.Tensor]:
+    def forget(self: state.Checkpoint, rank: int) -> dict[str, torch.Tensor]:
         found = real(self, rank)
         return {name: torch.zeros_like(t) if name.startswith("expert_bias") else t for name, t in found.items()}
 
-    monkeypatch.setattr(state.Reader, "extra", forget)
+    monkeypatch.setattr(state.Checkpoint, "extra", forget)
     assert any("the next step differs" in found for found in failures(tmp_path, "E4", 4))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_engine import ops
-from moe_engine.ops.case import wide
+from moe_engine.ops.parity_case import wide
 from moe_engine.ops.permute.cases import index_of
 from tests.ops.test_parity import DIFFERENTIABLE, MODULES, dirty_memory
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_engine import ops
 from moe_engine.ops import tune
-from moe_engine.ops.case import Case
+from moe_engine.ops.parity_case import Case
 from tests.ops import interpreter
 
 FOLDERS = ["router_logits", "router_topk", "permute", "grouped_mm", "swiglu", "experts", "cross_entropy"]

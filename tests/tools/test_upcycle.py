@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_engine.checkpoint.hf.export import open_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
+from moe_engine.checkpoint.open import open_checkpoint
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.upcycle.flags import COPIES, OPTIONS, PARTITIONS
@@ -31,7 +31,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(path: Path) -> dict[str, Tensor]:
     """Of a checkpoint, under the engine's names."""
-    reader, _ = open_checkpoint(path)
+    reader = open_checkpoint(path)
     return {name: reader.whole(name, dtype=None) for name in reader.shapes}
 
 
@@ -40,7 +40,8 @@ def engine(path: Path) -> Transformer:
     if (path / "config.json").exists() and not (path / "manifest.json").exists():
         folder = HfFolder(path)
         return ours(folder, folder.model, Mesh())
-    reader, model = open_checkpoint(path)
+    reader = open_checkpoint(path)
+    model = reader.model
     return ours(reader, model, Mesh())
 
 
@@ -123,7 +124,7 @@ def test_partitions_are_the_same_in_folder_and_checkpoint(method: str, home: Pat
     """In the folder the scale E/k = 4/3 is part of w2; in the checkpoint it is a number beside the weights."""
     for kind in ("hf", "checkpoint"):
         assert run(home, method, tmp_path / kind, "--top-k", 3, "--format", kind) == 0
-    _, model = open_checkpoint(tmp_path / "checkpoint")
+    model = open_checkpoint(tmp_path / "checkpoint").model
     assert model.routed_scaling_factor == 4 / 3 and model.moe_intermediate_size == 10
     wanted = logits(engine(tmp_path / "checkpoint"))
     assert apart(logits(mixtral(tmp_path / "hf")), wanted) < 1e-5

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.to_checkpoint import import_folder
-from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.config import Run
 from moe_engine.errors import EngineError
 from moe_engine.log.rows import read_rows
@@ -151,7 +151,7 @@ def test_a_run_starts_from_a_run_of_another_layout_with_its_biases(
 
     def read(rank: int) -> None:
         run = run_from(hf, corpus, tmp_path / "second", layout, model=biased, train={"init_from": str(folder)})
-        session, reader = session_of(run, build_mesh(*layout)), Reader(folder)
+        session, reader = session_of(run, build_mesh(*layout)), Checkpoint(folder)
         assert begin_of(session) == (0, 0)
         for parameter, name in session.engine.names.items():
             assert torch.equal(parameter, part_of(reader.whole(name), parameter)), name

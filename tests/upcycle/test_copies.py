@@ -18,7 +18,7 @@ from tests.upcycle.small import DENSE, dense_model, expert, random_dense, tokens
 def test_copy_is_exact_whatever_the_router(router: str, experts: int, top_k: int) -> None:
     """Three layers, Llama-3 RoPE, tied embeddings, head_dim other than hidden / heads."""
     parent, options = dense_model(), Options(experts=experts, top_k=top_k)
-    found = receipt(parent, upcycle(parent, "copy", options, router), tokens(), copy.expected(options))
+    found = receipt(parent, upcycle(parent, "copy", options, router), tokens(), copy.preserves(options))
     assert found.max <= 2e-6 and found.argmax_agreement == 1.0
     assert found.holds and found.bound is not None and found.expected.startswith("exact")
 
@@ -26,7 +26,7 @@ def test_copy_is_exact_whatever_the_router(router: str, experts: int, top_k: int
 def test_copy_without_renormalising_is_scaled_and_said_so() -> None:
     parent, options = dense_model(), Options(norm_topk_prob=False)
     child = upcycle(parent, "copy", options, "zeros")
-    found = receipt(parent, child, tokens(), copy.expected(options))
+    found = receipt(parent, child, tokens(), copy.preserves(options))
     assert found.max > 1e-3 and found.bound is None and found.expected.startswith("scaled")
     for layer in parent.layers:
         layer.ffn.down.weight.data *= 2 / 8  # a uniform router: the mass of the chosen is k/E
@@ -62,7 +62,7 @@ def test_half_is_not_preserved() -> None:
         parent = dense_model(config, seed)
         child = upcycle(parent, "half", options, "kaiming")
         assert child.config.moe_intermediate_size == 64 and not child.config.norm_topk_prob
-        found = receipt(parent, child, tokens(8, 64, 256), half.expected(options))
+        found = receipt(parent, child, tokens(8, 64, 256), half.preserves(options))
         assert found.bound is None and found.expected.startswith("not preserved") and found.max > 0.1 * found.largest
         survived.append(found.argmax_agreement)
     assert abs(sum(survived) / 4 - 0.41) < 0.08, survived
@@ -82,8 +82,8 @@ def test_half_takes_the_first_half() -> None:
 @pytest.mark.parametrize("compat", [False, True])
 def test_drop_of_nothing_is_a_copy(compat: bool) -> None:
     parent, options = dense_model(), Options(drop_ratio=0.0, compat=compat)
-    assert receipt(parent, upcycle(parent, "drop", options), tokens(), drop.expected(options)).max <= 2e-6
-    assert drop.expected(options).bound and not drop.expected(Options(drop_ratio=0.1)).bound
+    assert receipt(parent, upcycle(parent, "drop", options), tokens(), drop.preserves(options)).max <= 2e-6
+    assert drop.preserves(options).bound and not drop.preserves(Options(drop_ratio=0.1)).bound
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.6, 1.0])

@@ -5,10 +5,10 @@ import torch
 
 from moe_engine.config import Model
 from moe_engine.errors import ConfigError
-from moe_engine.upcycle.expected import Expected
 from moe_engine.upcycle.layer import Dense, Routed
 from moe_engine.upcycle.methods import METHODS, SCORED
 from moe_engine.upcycle.options import Options, changed
+from moe_engine.upcycle.preservation import Preservation
 from moe_engine.upcycle.receipt import receipt
 from moe_engine.upcycle.transplant import dense_layer, routed_weights, transplant
 from tests.upcycle.small import DENSE, dense_model, random_dense, scores, tokens, upcycle
@@ -60,7 +60,7 @@ def test_layers_and_seeds_differ(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_theory_is_stated(method: str) -> None:
-    found = METHODS[method].expected(OPTIONS.get(method, Options()))
+    found = METHODS[method].preserves(OPTIONS.get(method, Options()))
     assert found.text.split(":")[0] in ("exact", "scaled", "not preserved")
     assert (found.bound is not None) == found.text.startswith("exact")
 
@@ -91,7 +91,7 @@ def test_parents_that_cannot_be_turned() -> None:
 def test_receipt_measures_and_checks() -> None:
     parent = dense_model()
     other = upcycle(parent, "random", Options())
-    found = receipt(parent, other, tokens(), Expected("exact: not really", 1e-5))
+    found = receipt(parent, other, tokens(), Preservation("exact: not really", 1e-5))
     at = torch.arange(33).expand(4, 33)
     difference = (parent.logits(tokens(), at) - other.logits(tokens(), at)).abs()
     assert found.max == pytest.approx(float(difference.max()), rel=1e-4)
@@ -99,7 +99,7 @@ def test_receipt_measures_and_checks() -> None:
     assert 0 < found.argmax_agreement < 1 and not found.holds and found.expected == "exact: not really"
     assert receipt(parent, other, tokens()).holds  # nothing is claimed, nothing is missed
     other.layers[1].get_submodule("attention.q").weight.fill_(torch.nan)  # pyright: ignore
-    broken = receipt(parent, other, tokens(), Expected("exact: not really", 1e-5))
+    broken = receipt(parent, other, tokens(), Preservation("exact: not really", 1e-5))
     assert broken.max != broken.max and not broken.holds, "a NaN is a difference"
 
 

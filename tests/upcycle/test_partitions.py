@@ -48,7 +48,7 @@ def test_all_experts_with_equal_weights_and_scale_e_are_the_dense_model(method: 
     parent, options = dense_model(), Options(experts=8, top_k=8, scale=8.0)
     child = upcycle(parent, method, options, "zeros", *extra(method, 8))
     assert child.config.routed_scaling_factor == 8 and child.config.moe_intermediate_size == 5
-    found = receipt(parent, child, tokens(), METHODS[method].expected(options))
+    found = receipt(parent, child, tokens(), METHODS[method].preserves(options))
     assert found.max <= 1e-6 and "s/E = 1 " in found.expected
 
 

@@ -26,7 +26,7 @@ def test_exact_with_renormalised_weights(experts: int, top_k: int, granularity: 
     parent, options = dense_model(), Options(experts=experts, top_k=top_k, granularity=granularity)
     child = upcycle(parent, "virtual", options, rows(options))
     assert child.config.moe_intermediate_size == 40 // granularity and child.config.routed_scaling_factor == 1
-    found = receipt(parent, child, tokens(), virtual.expected(options))
+    found = receipt(parent, child, tokens(), virtual.preserves(options))
     assert found.max <= 2e-6 and found.holds and found.bound
 
 
@@ -37,7 +37,7 @@ def test_exact_with_a_uniform_router_that_is_not_renormalised(experts: int, top_
     assert virtual.factor(options) == pytest.approx(experts / granularity * granularity**2 / top_k)
     parent = dense_model()
     assert receipt(parent, upcycle(parent, "virtual", options, rows(options, "zeros")), tokens()).max <= 2e-6
-    assert virtual.expected(options).bound is None
+    assert virtual.preserves(options).bound is None
 
 
 @pytest.mark.parametrize(("experts", "top_k", "granularity"), CASES)
@@ -76,7 +76,7 @@ def test_the_cube_root_is_off_by_7_14_and_20_percent(scale: int, error: float) -
             assert abs(relative(ours, truth) - error) < 0.01
         else:
             assert relative(ours, truth) < 1e-6
-    assert virtual.expected(Options(granularity=2, compat=True)).bound is None
+    assert virtual.preserves(Options(granularity=2, compat=True)).bound is None
 
 
 def test_shards_in_order_and_impossible_values() -> None:

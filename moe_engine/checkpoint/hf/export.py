@@ -12,13 +12,12 @@ from moe_engine.checkpoint.folders import folder_of, steps_in
 from moe_engine.checkpoint.hf.side_files import carried_config, of_checkpoint
 from moe_engine.checkpoint.hf.tokenizer_files import as_trained
 from moe_engine.checkpoint.hf.write import Target, refuse_biases, write_hf
-from moe_engine.checkpoint.manifest import NAME, problems_of
-from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.open import open_checkpoint
 from moe_engine.checkpoint.weights_only import Progress, Written
 from moe_engine.config import Model, Run, torch_dtype
 from moe_engine.config.hf import FAMILIES, came_as, differences, family_of, model_from_hf
 from moe_engine.config.hf.spelling import dtype_of
-from moe_engine.errors import ConfigError, DataError
+from moe_engine.errors import ConfigError
 from moe_engine.host.files import obstacle
 
 
@@ -31,16 +30,6 @@ class ExportOptions(NamedTuple):
     version: int | None = None
     shard_gb: float = 5.0
     allow_nonfinite: bool = False
-
-
-def open_checkpoint(folder: Path, verify: bool = True) -> tuple[Reader, Model]:
-    """A checkpoint whose files are what its manifest says, if asked to `verify`, and its model."""
-    if not (folder / NAME).is_file():
-        raise ConfigError(f"{folder}: no manifest.json there; give an imported checkpoint, or step-N of a run")
-    reader = Reader(folder, keep_open=1)
-    if verify and (problems := problems_of(folder, reader.manifest)):
-        raise DataError("; ".join(problems))
-    return reader, Model.model_validate(reader.manifest["run"]["model"])
 
 
 def check_exportable(run: Run, came_from: Path | None) -> None:
@@ -69,10 +58,13 @@ def export_checkpoint(
     folder: Path, out: Path, options: ExportOptions, progress: Progress = lambda n: None, verify: bool = True
 ) -> tuple[Target, Written]:
     """Write `out` from a checkpoint; see write_hf. verify: False for one that was written a moment ago."""
-    reader, model = open_checkpoint(folder, verify)
-    side = as_trained(of_checkpoint(folder), reader.manifest.get("tokenizer"), model.vocab_size)
-    target = target_of(reader.manifest, model, side, options)
-    return target, write_hf(reader, model, target, out, reader.manifest["files"], progress, options.allow_nonfinite)
+    checkpoint = open_checkpoint(folder, verify)
+    model = checkpoint.model
+    side = as_trained(of_checkpoint(folder), checkpoint.manifest.get("tokenizer"), model.vocab_size)
+    target = target_of(checkpoint.manifest, model, side, options)
+    return target, write_hf(
+        checkpoint, model, target, out, checkpoint.manifest["files"], progress, options.allow_nonfinite
+    )
 
 
 def export_run(run: Run) -> str:

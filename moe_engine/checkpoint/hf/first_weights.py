@@ -9,7 +9,7 @@ import torch
 from moe_engine.checkpoint.finite import nonfinite, refusal
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.manifest import NAME
-from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.checkpoint.source import Source
 from moe_engine.config import Model
 from moe_engine.config.hf import differences
@@ -21,14 +21,14 @@ from moe_engine.parallel.mesh import Axis
 REMEDY = "use a whole copy, or start with what tools/convert_hf.py import --allow-nonfinite makes of a folder"
 
 
-def open_weights(path: Path) -> HfFolder | Reader:
-    """What lies at `path`, opened; no tensor is read yet."""
-    return Reader(path) if (path / NAME).is_file() else HfFolder(path)
+def open_weights(path: Path) -> HfFolder | Checkpoint:
+    """The weights at `path`, of either kind; no tensor is read yet."""
+    return Checkpoint(path) if (path / NAME).is_file() else HfFolder(path)
 
 
-def changes_of(source: HfFolder | Reader, model: Model) -> list[str]:
+def changes_of(source: HfFolder | Checkpoint, model: Model) -> list[str]:
     """One line for each setting that makes the run's model another function of the same weights."""
-    theirs = source.model if isinstance(source, HfFolder) else Model.model_validate(source.manifest["run"]["model"])
+    theirs = source.model
     changes = differences(model, theirs).items()
     lines = [f"model.{key} was {was} and is {now} in this run" for key, (now, was) in changes]
     if isinstance(source, HfFolder) and model.max_position_embeddings > source.model.max_position_embeddings:
@@ -48,7 +48,7 @@ def check_shapes(source: Source, ours: Mapping[str, tuple[int, ...]]) -> None:
         )
 
 
-def check_finite(source: HfFolder | Reader, found: list[str], world: Axis) -> None:
+def check_finite(source: HfFolder | Checkpoint, found: list[str], world: Axis) -> None:
     """DataError on all ranks when any of them `found` weights with NaN or infinities, unless they were let in when the
     checkpoint was made. Collective; the good case reads nothing again."""
     names = {name for part in gather_bytes(json.dumps(found).encode(), world) for name in json.loads(part)}
@@ -61,9 +61,9 @@ def check_finite(source: HfFolder | Reader, found: list[str], world: Axis) -> No
         act_together(refuse, world, everywhere=False)
 
 
-def let_in(source: HfFolder | Reader) -> dict[str, str]:
+def let_in(source: HfFolder | Checkpoint) -> dict[str, str]:
     """The tensors of a checkpoint that hold NaN or infinities, as who made it wished."""
-    return source.manifest.get("nonfinite", {}) if isinstance(source, Reader) else {}
+    return source.manifest.get("nonfinite", {}) if isinstance(source, Checkpoint) else {}
 
 
 def count_in(source: Source, weights: list[str]) -> dict[str, str]:

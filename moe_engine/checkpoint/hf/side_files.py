@@ -12,7 +12,7 @@ from moe_engine.checkpoint.hf.contents import CONFIG, SideFiles, contents_of, is
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.tokenizer_files import with_tokenizer
 from moe_engine.checkpoint.manifest import NAME, file_in, read_manifest
-from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.checkpoint.shard import SUFFIX
 from moe_engine.config.hf.spelling import dtype_of
 from moe_engine.config.messages import shown
@@ -43,7 +43,7 @@ def carried_config(side: Mapping[str, bytes]) -> dict[str, Any]:
     return carried
 
 
-def keep_for_run(source: HfFolder | Reader | None, out: Path, tokenizer: Path, instead: bool = False) -> None:
+def keep_for_run(source: HfFolder | Checkpoint | None, out: Path, tokenizer: Path, instead: bool = False) -> None:
     """Copy them to OUT/hf, so that every checkpoint of the run can be exported with them; None: there are none.
 
     tokenizer: the folder of the data's; its files go along where the source has none, or `instead` of its own.
@@ -65,15 +65,15 @@ def keep_for_run(source: HfFolder | Reader | None, out: Path, tokenizer: Path, i
         disk.rename(made, kept)
 
 
-def side_of(source: HfFolder | Reader) -> SideFiles:
+def side_of(source: HfFolder | Checkpoint) -> SideFiles:
     """Those of an opened source."""
     return source.side if isinstance(source, HfFolder) else of_checkpoint(source.folder)
 
 
-def with_dtype(source: HfFolder | Reader | None, side: Mapping[str, bytes]) -> bytes:
+def with_dtype(source: HfFolder | Checkpoint | None, side: Mapping[str, bytes]) -> bytes:
     """config.json with the dtype of most of the weights, where it gave none and the source is not of a run."""
     config = carried_config(side)
-    if source is None or dtype_of(config) or (isinstance(source, Reader) and "hf" not in source.manifest):
+    if source is None or dtype_of(config) or (isinstance(source, Checkpoint) and "hf" not in source.manifest):
         return side[CONFIG]
     config.pop("dtype", None)
     config["torch_dtype"] = next(iter(source.elements_by_dtype()))  # the key that transformers 4 and 5 both read

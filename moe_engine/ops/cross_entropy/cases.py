@@ -3,7 +3,7 @@
 import torch
 
 from moe_engine.ops import cross_entropy_grad, cross_entropy_stats
-from moe_engine.ops.case import Case, seeded, wide
+from moe_engine.ops.parity_case import Case, seeded, wide
 
 # relative to the largest value of the fp64 result
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float64: 1e-12}

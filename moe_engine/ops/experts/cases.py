@@ -4,7 +4,7 @@ no token, h kept and computed again, more rows or wider ones than a kernel takes
 import torch
 
 from moe_engine.ops import experts, sort_by_expert
-from moe_engine.ops.case import Case, seeded, wide
+from moe_engine.ops.parity_case import Case, seeded, wide
 from moe_engine.ops.permute.cases import index_of
 
 # relative to the largest value of the fp64 result

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_engine.ops import permute, sort_by_expert, unpermute
-from moe_engine.ops.case import Case, seeded
+from moe_engine.ops.parity_case import Case, seeded
 
 # relative to the largest value of the fp64 result
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float64: 1e-12}

@@ -3,7 +3,7 @@
 import torch
 
 from moe_engine.ops import router_logits
-from moe_engine.ops.case import Case, seeded
+from moe_engine.ops.parity_case import Case, seeded
 
 # relative to the largest value of the fp64 result: products are fp32, gradients are rounded to the inputs' dtype
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 1e-12}

@@ -3,7 +3,7 @@
 import torch
 
 from moe_engine.ops import router_topk
-from moe_engine.ops.case import Case, seeded, wide
+from moe_engine.ops.parity_case import Case, seeded, wide
 
 # relative to the largest value of the fp64 result; the router is fp32 whatever the rest is
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}

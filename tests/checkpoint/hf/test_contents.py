@@ -13,7 +13,7 @@ from moe_engine.checkpoint.hf.contents import contents_of
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.side_files import of_checkpoint
 from moe_engine.checkpoint.manifest import file_in
-from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.checkpoint.weights_only import write_weights
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.parallel.mesh import Mesh
@@ -40,7 +40,7 @@ def run(*arguments: object) -> int:
 
 def logits_here(path: Path) -> torch.Tensor:
     """Of the engine's model on the weights of a folder or a checkpoint."""
-    source = Reader(path) if (path / "manifest.json").is_file() else HfFolder(path)
+    source = Checkpoint(path) if (path / "manifest.json").is_file() else HfFolder(path)
     with torch.no_grad():
         model = HfFolder(path).model if isinstance(source, HfFolder) else None
         decoder = ours(source, model or HfFolder(path.parent / "hf").model, Mesh())

@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.to_checkpoint import import_folder
-from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.config import Model
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
@@ -45,7 +45,7 @@ def test_generates_the_same_tokens(family: str, options: ExportOptions, tmp_path
     original = theirs(family, rope_parameters=LLAMA3)
     import_folder(HfFolder(save(original, tmp_path / "hf", side=False)), tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", options)
-    reader = Reader(tmp_path / "checkpoint")
+    reader = Checkpoint(tmp_path / "checkpoint")
     model = Model.model_validate(reader.manifest["run"]["model"])
     prompt = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(5))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

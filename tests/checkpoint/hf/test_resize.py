@@ -7,7 +7,7 @@ import torch
 
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.resize import Resized
-from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.open import Checkpoint
 from tests.checkpoint.hf.small import save, tensors_of, theirs, transformers
 from tools.convert_hf import main as convert
 
@@ -21,7 +21,7 @@ def test_case_19_rows_are_added_for_tokens_past_the_vocabulary(
     arguments = ["import", "--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "ckpt"), "--resize-vocab", "1096"]
     assert convert(arguments) == 0
     assert f"vocabulary 96 -> 1096: {1000 * (2 - tied)} rows drawn, std 0.05" in capsys.readouterr().out
-    reader, before = Reader(tmp_path / "ckpt"), HfFolder(tmp_path / "hf")
+    reader, before = Checkpoint(tmp_path / "ckpt"), HfFolder(tmp_path / "hf")
     for name, shape in before.shapes.items():
         old, new = before.whole(name, dtype=None), reader.whole(name, dtype=None)
         assert new.dtype == torch.bfloat16 and torch.equal(new[: shape[0]], old), name

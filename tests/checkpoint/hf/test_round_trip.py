@@ -11,7 +11,7 @@ import torch
 from moe_engine.checkpoint.hf.export import ExportOptions, export_checkpoint
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.checkpoint.hf.to_checkpoint import import_folder
-from moe_engine.checkpoint.reader import Reader
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import Mesh, build_mesh
 from tests.checkpoint.hf.small import LLAMA3, SIDE, ours, same_tensors, save, tensors_of, theirs, transformers
@@ -87,7 +87,7 @@ def logits_of_rank(rank: int, layout: tuple[int, int, int], paths: dict[str, str
     out = {}
     for case, path in paths.items():
         folder = Path(path)
-        source = HfFolder(folder / "hf") if rank % 2 else Reader(folder / "checkpoint")
+        source = HfFolder(folder / "hf") if rank % 2 else Checkpoint(folder / "checkpoint")
         model = HfFolder(folder / "hf").model
         wanted = torch.load(folder / "logits.pt")
         tokens = torch.load(folder / "tokens.pt")

@@ -4,11 +4,35 @@ Each setting says itself whether it must be the same, may change with a warning,
 the place may change too; data/loader.py insists on the same text.
 """
 
+from pathlib import Path
 from typing import Any
 
+from moe_engine.checkpoint.manifest import NAME
+from moe_engine.config import Run
 from moe_engine.config.messages import SECTIONS
 from moe_engine.config.section import Setting
 from moe_engine.errors import ConfigError
+
+
+def check_resume(run: Run, there: list[int]) -> None:
+    """ConfigError when what the run asks for does not go with the steps that lie in its --out."""
+    out, resume = run.train.out, run.train.resume
+    if there and not resume:
+        raise ConfigError(
+            f"--out {out} holds checkpoints of an earlier run: continue it with --resume auto, or give another --out"
+        )
+    if there and resume and resume != "auto" and Path(resume).resolve().parent != Path(out, "checkpoints").resolve():
+        raise ConfigError(
+            f"--resume {resume} is of another run, and --out {out} holds checkpoints of its own: give another --out"
+        )
+
+
+def check_present(folder: Path) -> None:
+    """ConfigError when a folder that --resume names is no checkpoint."""
+    if not (folder / NAME).is_file():
+        raise ConfigError(
+            f"--resume {folder}: no manifest.json there; give a folder step-N written by this engine, or auto"
+        )
 
 
 def setting_changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

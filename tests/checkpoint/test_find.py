@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from moe_engine.checkpoint import manifest
+from moe_engine.checkpoint.find import find_checkpoint, verify
 from moe_engine.checkpoint.manifest import SEAL, read_manifest, write_manifest
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.checkpoint.pieces import Piece
-from moe_engine.checkpoint.reader import Reader, choose, verify
-from moe_engine.checkpoint.saver import Saver, Shard
+from moe_engine.checkpoint.save import Saver, Shard
 from moe_engine.errors import ConfigError, DataError, StorageError
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
@@ -23,7 +24,7 @@ from tests.checkpoint.small import ALONE, MANIFEST, RNG, WHOLE, save_one
 
 def test_round_trip(tmp_path: Path):
     folder = save_one(tmp_path)
-    reader = Reader(folder)
+    reader = Checkpoint(folder)
     assert torch.equal(reader.whole("w"), WHOLE) and torch.equal(reader.whole("w", "exp_avg"), -WHOLE)
     assert torch.equal(reader.extra(0)["rng"], RNG)
     assert reader.manifest["note"] == "x" and reader.manifest["step"] == 3
@@ -48,7 +49,7 @@ def test_put_together_from_boxes_and_runs(tmp_path: Path):
         saver.save(1, Shard(pieces, {"rank": torch.tensor(rank)}), MANIFEST)  # type: ignore[arg-type]
 
     run_on_ranks(on_rank, 2)
-    reader = Reader(tmp_path / "step-00000001")
+    reader = Checkpoint(tmp_path / "step-00000001")
     assert torch.equal(reader.whole("w"), WHOLE)
     assert [int(reader.extra(rank)["rank"]) for rank in range(2)] == [0, 1]
     rows = torch.empty(7)
@@ -94,14 +95,14 @@ def test_damage_is_found_and_named_and_the_older_one_used(tmp_path: Path, damage
     assert problem.startswith(str(folder)) and ("rank-0000" in problem or "manifest.json" in problem)
     with pytest.raises(DataError, match="resume from another checkpoint"):
         if (folder / "manifest.json").is_file():
-            choose(str(folder), tmp_path, ALONE, print)
+            find_checkpoint(str(folder), tmp_path, ALONE, print)
         else:
             raise DataError("resume from another checkpoint")
     said: list[str] = []
-    assert choose("auto", tmp_path, ALONE, said.append) == older
+    assert find_checkpoint("auto", tmp_path, ALONE, said.append) == older
     assert len(said) == 1 and "DAMAGED CHECKPOINT" in said[0] and "Falling back to step 2" in said[0]
     assert problem in said[0]
-    assert choose("auto", tmp_path, ALONE, said.append) == older and len(said) == 2  # nothing was renamed
+    assert find_checkpoint("auto", tmp_path, ALONE, said.append) == older and len(said) == 2  # nothing was renamed
 
 
 def test_every_bit_of_the_manifest_counts(tmp_path: Path):
@@ -120,7 +121,7 @@ def test_none_is_whole(tmp_path: Path):
         cut(save_one(tmp_path, step) / "rank-00000.safetensors")
     for _ in range(2):  # a script that starts the run again gets no fresh start either
         with pytest.raises(DataError, match=r"no checkpoint under .* is whole: .*step-00000002.*step-00000001"):
-            choose("auto", tmp_path, ALONE, print)
+            find_checkpoint("auto", tmp_path, ALONE, print)
 
 
 def test_a_sealed_manifest_may_still_lack_things(tmp_path: Path):
@@ -162,7 +163,7 @@ def test_names_that_lead_elsewhere_are_not_followed(tmp_path: Path, kind: str):
     problems = verify(folder, ALONE)
     assert problems and all(problem.startswith(str(folder)) and len(problem) < 1000 for problem in problems)
     with pytest.raises(DataError):
-        Reader(folder)
+        Checkpoint(folder)
 
 
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "manifest.json"])
@@ -178,7 +179,7 @@ def test_a_folder_of_another_step_is_not_taken_for_it(tmp_path: Path):
     save_one(tmp_path, 3).rename(tmp_path / "step-00000009")
     assert "holds step 3; the folder was renamed or copied" in verify(tmp_path / "step-00000009", ALONE)[0]
     best = (tmp_path / "step-00000009").rename(tmp_path / "best-so-far")
-    assert choose(str(best), tmp_path, ALONE, print) == best  # a copy under a name of one's own
+    assert find_checkpoint(str(best), tmp_path, ALONE, print) == best  # a copy under a name of one's own
 
 
 def test_shards_of_two_steps_do_not_mix(tmp_path: Path):
@@ -197,7 +198,7 @@ def test_other_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     for _ in range(2):  # not damage: it is neither passed over nor renamed
         with pytest.raises(ConfigError, match="step-00000004: format 1, this version reads format 2; resume with the"):
-            choose("auto", tmp_path, ALONE, print)
+            find_checkpoint("auto", tmp_path, ALONE, print)
     assert verify(folder, ALONE) == []
 
 
@@ -209,20 +210,23 @@ def test_a_disk_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(manifest, "digest_of", fail)
     with pytest.raises(StorageError, match=r"rank-00000\.safetensors: Input/output error"):
-        choose("auto", tmp_path, ALONE, print)
+        find_checkpoint("auto", tmp_path, ALONE, print)
     monkeypatch.undo()
-    assert choose("auto", tmp_path, ALONE, print) == folder
+    assert find_checkpoint("auto", tmp_path, ALONE, print) == folder
 
 
 def test_choose(tmp_path: Path):
-    assert choose("auto", tmp_path / "nothing", ALONE, print) is None
-    assert choose("auto", tmp_path, ALONE, print) is None
+    assert find_checkpoint("auto", tmp_path / "nothing", ALONE, print) is None
+    assert find_checkpoint("auto", tmp_path, ALONE, print) is None
     with pytest.raises(ConfigError, match=r"--resume .*no manifest\.json there; give a folder"):
-        choose(str(tmp_path / "nowhere"), tmp_path, ALONE, print)
+        find_checkpoint(str(tmp_path / "nowhere"), tmp_path, ALONE, print)
     first, second = save_one(tmp_path, 1), save_one(tmp_path, 2)
-    assert choose("auto", tmp_path, ALONE, print) == second and choose(str(first), tmp_path, ALONE, print) == first
+    assert (
+        find_checkpoint("auto", tmp_path, ALONE, print) == second
+        and find_checkpoint(str(first), tmp_path, ALONE, print) == first
+    )
     (tmp_path / "latest").write_text("step-00000001")  # a hint for people; a flipped bit in it costs nothing
-    assert choose("auto", tmp_path, ALONE, print) == second
+    assert find_checkpoint("auto", tmp_path, ALONE, print) == second
 
 
 def test_ranks_share_the_reading_and_agree(tmp_path: Path):
@@ -232,7 +236,7 @@ def test_ranks_share_the_reading_and_agree(tmp_path: Path):
     def on_rank(rank: int) -> tuple[str, list[str]]:
         world = build_mesh(3, 1, 1).world
         problems = verify(tmp_path / "step-00000002", world)
-        return choose("auto", tmp_path, world, print).name, problems  # pyright: ignore[reportOptionalMemberAccess]
+        return find_checkpoint("auto", tmp_path, world, print).name, problems  # pyright: ignore[reportOptionalMemberAccess]
 
     results = run_on_ranks(on_rank, 3)
     assert {name for name, _ in results} == {"step-00000001"}
@@ -246,7 +250,7 @@ def test_a_path_that_one_rank_does_not_see(tmp_path: Path):
     def on_rank(rank: int) -> str:
         path = folder if rank == 0 else tmp_path / "not-mounted"
         with pytest.raises(ConfigError) as caught:
-            choose(str(path), tmp_path, build_mesh(2, 1, 1).world, print)
+            find_checkpoint(str(path), tmp_path, build_mesh(2, 1, 1).world, print)
         return str(caught.value)
 
     assert all("rank 1: --resume" in said and "no manifest.json there" in said for said in run_on_ranks(on_rank, 2))

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moe_engine.checkpoint.find import verify
 from moe_engine.checkpoint.folders import prune, set_aside, steps_in
+from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.checkpoint.pieces import Piece
-from moe_engine.checkpoint.reader import Reader, verify
-from moe_engine.checkpoint.saver import Saver, Shard
+from moe_engine.checkpoint.save import Saver, Shard
 from moe_engine.errors import DataError, StorageError
 from moe_engine.host import disk
 from moe_engine.parallel.local_ranks import run_on_ranks
@@ -43,8 +44,8 @@ def test_background_save_takes_the_values_of_its_moment(tmp_path: Path, monkeypa
     gate.set()
     assert saver.save(2, shard_of(5.0), MANIFEST) == tmp_path / "step-00000001"  # the second waits for the first
     assert saver.finish() == tmp_path / "step-00000002" and saver.finish() is None and saver.poll() is None
-    assert torch.equal(Reader(tmp_path / "step-00000001").whole("w"), WHOLE)
-    assert torch.equal(Reader(tmp_path / "step-00000002").whole("w"), WHOLE + 5)
+    assert torch.equal(Checkpoint(tmp_path / "step-00000001").whole("w"), WHOLE)
+    assert torch.equal(Checkpoint(tmp_path / "step-00000002").whole("w"), WHOLE + 5)
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
 
 
@@ -188,7 +189,7 @@ def test_leftovers_of_a_run_that_died(tmp_path: Path):
 
 def test_same_step_again_replaces(tmp_path: Path):
     save_one(tmp_path)
-    assert torch.equal(Reader(save_one(tmp_path, value=9.0)).whole("w"), WHOLE + 9)
+    assert torch.equal(Checkpoint(save_one(tmp_path, value=9.0)).whole("w"), WHOLE + 9)
     assert names(tmp_path) == ["latest", "step-00000003"]
 
 

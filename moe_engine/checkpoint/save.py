@@ -24,8 +24,7 @@ from torch import Tensor
 from moe_engine.checkpoint.folders import folder_of, prune, publish_step, tidy
 from moe_engine.checkpoint.manifest import write_manifest
 from moe_engine.checkpoint.pieces import Piece
-from moe_engine.checkpoint.reader import rank_file
-from moe_engine.checkpoint.shard import Digest, size_of, write_shard
+from moe_engine.checkpoint.shard import Digest, rank_file, size_of, write_shard
 from moe_engine.errors import DataError, EngineError, StorageError
 from moe_engine.host import disk
 from moe_engine.parallel.agree import act_together

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moe_engine.checkpoint.compare import setting_changes
+from moe_engine.checkpoint.resume_checks import setting_changes
 from moe_engine.config import Data, Domain, Model, Run
 from moe_engine.errors import ConfigError
 
