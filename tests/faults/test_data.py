@@ -10,7 +10,8 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from moe_engine.checkpoint import manifest, reader
+from moe_engine.checkpoint import manifest
+from moe_engine.checkpoint import open as opened
 from moe_engine.config import files
 from moe_engine.data.mixture import Mixture
 from moe_engine.plan import tokenizers
@@ -79,7 +80,7 @@ def test_a_missing_guard_is_noticed(
 ) -> None:
     monkeypatch.setattr(owner, name, instead)
     if fault == "G2":
-        monkeypatch.setattr(reader, name, instead)
+        monkeypatch.setattr(opened, name, instead)
     assert failures(fault, count)
 
 

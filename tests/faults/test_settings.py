@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_engine.checkpoint import compare
+from moe_engine.checkpoint import resume_checks
 from moe_engine.config import checks, command_line, messages
 from moe_engine.config.section import OnResume, Setting
 from moe_engine.model.moe import Router
@@ -67,14 +67,14 @@ def test_bad_advice_is_noticed(failures: Failures, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_change_that_is_not_told_is_noticed(failures: Failures, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = compare.setting_of
+    told = resume_checks.setting_of
     other: dict[str, OnResume] = {"out": "warn", "weight_decay": "free"}
 
     def mistold(section: str, key: str) -> Setting:
         about = told(section, key)
         return about._replace(on_resume=other.get(key, about.on_resume))
 
-    monkeypatch.setattr(compare, "setting_of", mistold)
+    monkeypatch.setattr(resume_checks, "setting_of", mistold)
     lost = failures("E2", SETTINGS["E2"].ci)
     assert [line.partition(",")[0] for line in lost] == ["optimizer.weight_decay", "train.out"]
 
