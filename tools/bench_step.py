@@ -67,7 +67,7 @@ def our_step(shape: Shape, precision: Literal["fp32", "bf16"], device) -> Callab
     import torch
 
     from moe_engine.config import Optimizer, Run, Train
-    from moe_engine.data.loader import Batch
+    from moe_engine.data.loader import plain_batch
     from moe_engine.model.transformer import Transformer
     from moe_engine.parallel.mesh import Mesh
     from moe_engine.parallel.weight import initialise
@@ -87,10 +87,7 @@ def our_step(shape: Shape, precision: Literal["fp32", "bf16"], device) -> Callab
     engine = make_engine(model, run, mesh)
     tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), device=device)
     positions = torch.arange(LENGTH, device=device).repeat(SEQUENCES, 1)
-    batch = Batch(
-        tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, torch.zeros(SEQUENCES, dtype=torch.int64)
-    )
-    batch = Batch(*(field.to(device) for field in batch))
+    batch = plain_batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions)
     terms = pretraining_terms(run.model)
     return lambda: finish(engine, terms, mesh, [batch], accumulate(engine, terms, mesh, [batch]), 1e-4)
 

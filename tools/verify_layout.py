@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe_engine.config import Model, Optimizer, Parallel, Run, Train
 from moe_engine.config.command_line import load_run
-from moe_engine.data.loader import Batch
+from moe_engine.data.loader import Batch, plain_batch
 from moe_engine.errors import ConfigError
 from moe_engine.host.console import failed, run_program
 from moe_engine.model.router_losses import balance_loss, load_share, z_loss
@@ -105,7 +105,7 @@ def global_batch(model: Model, step: int) -> Batch:
     place = torch.arange(LENGTH).expand(SEQUENCES, LENGTH)
     positions = place - torch.where(starts, place, 0).cummax(1).values
     labels = tokens[:, 1:].masked_fill(missing, -100)
-    return Batch(tokens[:, :-1].contiguous(), labels, positions, torch.zeros(SEQUENCES, dtype=torch.int64))
+    return plain_batch(tokens[:, :-1].contiguous(), labels, positions)
 
 
 def cut(batch: Batch, start: int, count: int) -> Batch:

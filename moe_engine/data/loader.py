@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from moe_engine.data.mixture import Mixture
-from moe_engine.data.order import SampleOrder, Window
+from moe_engine.data.mixture import Epochs, Mixture, normalised
+from moe_engine.data.order import TextOrder
+from moe_engine.data.packing import PackedOrder
+from moe_engine.data.row import EMPTY, NO_LABEL, Row, stacked
 from moe_engine.data.shards import TokenDataset, read_data_manifest
 from moe_engine.errors import ConfigError, DataError
-from moe_engine.labels import IGNORE
 
 
 class Batch(NamedTuple):
@@ -31,10 +32,21 @@ class Batch(NamedTuple):
     labels_BS: torch.Tensor
     positions_BS: torch.Tensor
     domain_B: torch.Tensor
+    expert_label_BS: torch.Tensor  # what supervised routing reads; -1: none
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
         return Batch(*(field.to(device, non_blocking=True) for field in self))
+
+
+def plain_batch(tokens_BS: torch.Tensor, labels_BS: torch.Tensor, positions_BS: torch.Tensor) -> Batch:
+    """A batch of one domain, without expert labels."""
+    none = torch.full_like(labels_BS, NO_LABEL)
+    return Batch(tokens_BS, labels_BS, positions_BS, labels_BS.new_zeros(len(labels_BS)), none)
+
+
+Order = TextOrder | PackedOrder
+ROUTING_LABELS = ("factual_lookup", "numerical_reasoning", "multi_hop_reasoning", "commonsense_reasoning")
 
 
 class OpenDomain(NamedTuple):
@@ -73,11 +85,36 @@ def open_domains(
     return opened
 
 
+def orders_of(
+    domains: Sequence[OpenDomain], seq_length: int, seed: int, document_mask: bool, packing: str, shuffle: bool = True
+) -> list[Order]:
+    """The windows of each domain: `packing` "windows" cuts the stream of its text, "samples" and "none" keep samples
+    whole, packed together or each alone."""
+    if packing == "windows":
+        return [TextOrder(domain.dataset, seq_length, seed, domain.name, document_mask) for domain in domains]
+    names = expert_labels(domains)
+    orders = []
+    for domain in domains:
+        places = [names.index(name) for name in domain.dataset.expert_labels]
+        options = {"pack": packing == "samples", "shuffle": shuffle, "expert_label": places}
+        orders.append(PackedOrder(domain.dataset, seq_length, seed, domain.name, **options))
+    return orders
+
+
+def expert_labels(domains: Sequence[OpenDomain]) -> list[str]:
+    """The labels that samples of any domain carry, which `Batch.expert_label_BS` indexes: sorted, but that the four of
+    supervised Mixtral keep their order there (S1.23)."""
+    found = {name for domain in domains for name in domain.dataset.expert_labels}
+    return [name for name in ROUTING_LABELS if name in found] if found <= {*ROUTING_LABELS} else sorted(found)
+
+
 class Loader:
     """Iterating gives, for each step, the list of `accumulation` Batches of this data rank; it never ends.
 
-    `domains` lists the names that `domain_B` indexes. `state()` is JSON-able; `load_state()` goes on with the next
-    step, also within an epoch, on another layout or with another global batch. DataError where the text is too short.
+    `domains` lists the names that `domain_B` indexes, `expert_labels` those of `expert_label_BS`. epochs: every window
+    of every domain once an epoch, whatever the weights; the last batch of an epoch may be smaller. `state()` is
+    JSON-able; `load_state()` goes on with the next step, also within an epoch, on another layout or, without `epochs`,
+    with another global batch. DataError where the text is too short.
     """
 
     def __init__(
@@ -91,18 +128,23 @@ class Loader:
         data_rank: int = 0,
         data_size: int = 1,
         document_mask: bool = True,
+        packing: str = "windows",
+        epochs: bool = False,
         start_step: int = 0,
     ) -> None:
         self.domains = [domain.name for domain in domains]
         self.seed, self.seq_length, self.document_mask = seed, seq_length, document_mask
+        self.packing = packing
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.data_rank, self.data_size = data_rank, data_size
         self.global_batch = micro_batch * accumulation * data_size
-        self.orders = [SampleOrder(domain.dataset, seq_length, seed, domain.name) for domain in domains]
-        self.mixture = Mixture([domain.weight for domain in domains], seed)
-        self._check_sizes()
+        self.orders = orders_of(domains, seq_length, seed, document_mask, packing)
+        weights, sizes = [domain.weight for domain in domains], [order.per_epoch for order in self.orders]
+        self.expert_labels = expert_labels(domains)
+        self._check_sizes(None if epochs else normalised(weights))
+        self.draws = Epochs(sizes, seed) if epochs else Mixture(weights, seed)
         self.step = start_step
-        self.mixture.draw(start_step * self.global_batch)
+        self.draws.draw(start_step * self.global_batch)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
@@ -110,25 +152,34 @@ class Loader:
 
     def next_step(self) -> list[Batch]:
         """The micro-batches of the next step."""
-        drawn = self.mixture.draw(self.global_batch)
+        drawn = self.draws.draw(self.global_batch)
         self.step += 1
         batches = []
         for a in range(self.accumulation):
             first = (a * self.data_size + self.data_rank) * self.micro_batch
             mine = drawn[first : first + self.micro_batch]
-            windows = [self.orders[domain].window(sample) for domain, sample in mine]
-            batches.append(_batch(windows, [domain for domain, _ in mine], self.seq_length, self.document_mask))
+            rows = [self.orders[domain].row(number) for domain, number in mine]
+            batches.append(self._batch(rows, [domain for domain, _ in mine]))
         return batches
 
     def set_weights(self, weights: Sequence[float]) -> None:
         """Changes the shares of the domains from the next step on (all ranks alike)."""
-        self.mixture.set_weights(weights)
+        assert isinstance(self.draws, Mixture), "a run that counts epochs has no weights"
+        self.draws.set_weights(weights)
+
+    def _batch(self, rows: list[Row], domains: list[int]) -> Batch:
+        missing = self.micro_batch - len(rows)
+        restart = self.document_mask or self.packing != "windows"
+        return batch_of(rows + [EMPTY] * missing, domains + [0] * missing, self.seq_length, restart)
 
     def state(self) -> dict[str, Any]:
         """Everything that decides the following steps."""
         datasets = [order.dataset.fingerprint for order in self.orders]
         identity = {"seed": self.seed, "seq_length": self.seq_length, "domains": self.domains, "datasets": datasets}
-        return {"step": self.step, **identity, "mixture": self.mixture.state()}
+        kind = {} if self.packing == "windows" else {"packing": self.packing}
+        if isinstance(self.draws, Mixture):
+            return {"step": self.step, **identity, **kind, "mixture": self.draws.state()}
+        return {"step": self.step, **identity, **kind, "global_batch": self.global_batch, "epochs": self.draws.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continues after the step that `state` was taken at; ConfigError or DataError if that cannot be exact."""
@@ -140,10 +191,15 @@ class Loader:
                     f"domain {name}: not the tokens the checkpoint was trained on; use the same prepared data"
                 )
         self.step = int(state["step"])
-        self.mixture.load_state(state["mixture"])
+        self.draws.load_state(state["mixture" if isinstance(self.draws, Mixture) else "epochs"])
 
-    def _check_sizes(self) -> None:
-        for name, order, weight in zip(self.domains, self.orders, self.mixture.weights):
+    def _check_sizes(self, weights: Sequence[float] | None) -> None:
+        for name, order, weight in zip(self.domains, self.orders, weights or [0.0] * len(self.orders)):
+            if order.per_epoch == 0 and self.packing != "windows":
+                raise DataError(
+                    f"domain {name}: none of its {len(order.dataset)} samples has a label among its first "
+                    f"{self.seq_length} tokens; raise --seq-length, or look at it with tools/prepare_data.py preview"
+                )
             if order.per_epoch == 0:
                 raise DataError(
                     f"domain {name}: {order.dataset.tokens} tokens do not fill one window of {self.seq_length} + 1; "
@@ -160,33 +216,22 @@ class Loader:
 
 def check_order(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """ConfigError when the samples would come in another order than a checkpoint's: of two states of loaders."""
-    for key in ("seed", "seq_length", "domains"):
-        if saved[key] != here[key]:
-            name = "data.domains" if key == "domains" else f"train.{key}"
+    kinds = ["epochs" if "epochs" in state else "steps" for state in (saved, here)]
+    saved, here = ({"packing": "windows", **state, "length": kind} for state, kind in zip((saved, here), kinds))
+    names = {"domains": "data.domains", "packing": "data.packing", "length": "what the run counts"}
+    for key in ("seed", "seq_length", "domains", "packing", "length", "global_batch"):
+        if saved.get(key) != here.get(key):
+            name = names.get(key, f"train.{key}")
             raise ConfigError(
-                f"{name}: found {here[key]}, and {saved[key]} in the checkpoint; resume with the same, or give "
+                f"{name}: found {here.get(key)}, and {saved.get(key)} in the checkpoint; resume with the same, or give "
                 "--init-from CHECKPOINT with another --out"
             )
 
 
-def _batch(windows: Sequence[Window], domains: Sequence[int], seq_length: int, document_mask: bool) -> Batch:
-    """Stacks windows of up to seq_length + 1 tokens; a shorter one is filled up with token 0 that is not counted."""
-    size = len(windows), seq_length
-    tokens, labels = np.zeros(size, np.int64), np.full(size, IGNORE, np.int64)
-    positions = np.tile(np.arange(seq_length), (len(windows), 1))
-    for row, (window, starts) in enumerate(windows):
-        count = max(len(window) - 1, 0)
-        tokens[row, :count] = window[:-1]
-        labels[row, :count] = window[1:]
-        if document_mask:
-            labels[row, :count][starts[1:]] = IGNORE
-            begins = np.zeros(seq_length, np.int64)
-            begins[:count] = np.where(starts[:-1], np.arange(count), 0)
-            if count < seq_length:
-                begins[count] = count  # what is filled up is a document of its own
-            positions[row] -= np.maximum.accumulate(begins)
-    arrays = tokens, labels, positions, np.asarray(domains, np.int64)
-    return Batch(*(torch.from_numpy(array) for array in arrays))
+def batch_of(rows: Sequence[Row], domains: Sequence[int], seq_length: int, restart: bool) -> Batch:
+    """Rows stacked as row.stacked says, with the domain of each."""
+    *text, expert_label = stacked(rows, seq_length, restart)
+    return Batch(*map(torch.from_numpy, (*text, np.asarray(domains, np.int64), expert_label)))
 
 
 def eval_batches(
@@ -197,6 +242,7 @@ def eval_batches(
     data_rank: int = 0,
     data_size: int = 1,
     document_mask: bool = True,
+    packing: str = "windows",
     limit: int | None = None,
 ) -> Iterator[Batch]:
     """The held-out text once, in a fixed order that mixes the domains evenly, cut over the data ranks.
@@ -204,15 +250,16 @@ def eval_batches(
     Every token but the first of a domain is a label at most once. All ranks get the same number of batches (`limit` at
     most): where samples run out the rows are filled with labels of -100, which count nothing.
     """
-    orders = [SampleOrder(domain.dataset, seq_length, 0, domain.name) for domain in domains]
-    sizes = [max(math.ceil((order.dataset.tokens - 1) / seq_length), 0) for order in orders]
+    orders = orders_of(domains, seq_length, 0, document_mask, packing, shuffle=False)
+    sizes = [order.held_out for order in orders]
     places = [((i + 0.5) / size, d, i) for d, size in enumerate(sizes) for i in range(size)]
     samples = [(d, i) for _, d, i in sorted(places)]
     per_batch = micro_batch * data_size
     count = math.ceil(len(samples) / per_batch)
-    nothing = Window(np.empty(0, np.int64), np.empty(0, bool))
     for batch in range(count if limit is None else min(count, limit)):
         first = batch * per_batch + data_rank * micro_batch
         mine = samples[first : first + micro_batch]
-        windows = [orders[d].in_order(i) for d, i in mine] + [nothing] * (micro_batch - len(mine))
-        yield _batch(windows, [d for d, _ in mine] + [0] * (micro_batch - len(mine)), seq_length, document_mask)
+        missing = micro_batch - len(mine)
+        rows = [orders[d].in_order(i) for d, i in mine] + [EMPTY] * missing
+        restart = document_mask or packing != "windows"
+        yield batch_of(rows, [d for d, _ in mine] + [0] * missing, seq_length, restart)

@@ -8,11 +8,12 @@ falling on the same rank. Weights may change at any time: the new ones are follo
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from moe_engine.data.order import hash64, stable_key
+from moe_engine.data.order import hash64, permutation, stable_key
 from moe_engine.errors import ConfigError
 
 
@@ -63,3 +64,41 @@ def normalised(weights: Sequence[float]) -> list[float]:
     if not weights or any(not math.isfinite(w) or w < 0 for w in weights) or sum(weights) <= 0:
         raise ConfigError(f"domain weights {list(weights)}: expected numbers >= 0, at least one above 0")
     return [w / sum(weights) for w in weights]
+
+
+class Epochs:
+    """Every window of every domain once an epoch, in an order of its own; a draw ends where the epoch does.
+
+    sizes: windows of each domain. The counterpart of `Mixture` for runs that count epochs.
+    """
+
+    def __init__(self, sizes: Sequence[int], seed: int) -> None:
+        self.sizes, self.seed = list(sizes), seed
+        self.epoch = self.used = 0
+        self.domain = np.repeat(np.arange(len(sizes)), sizes)
+        self.index = np.concatenate([np.arange(size) for size in sizes])
+        self._order = lru_cache(maxsize=1)(self._shuffle)
+
+    def draw(self, count: int) -> list[tuple[int, int]]:
+        """The next `count` (domain, number of its window) of the epoch, or what is left of it."""
+        if self.used == len(self.domain):
+            self.epoch, self.used = self.epoch + 1, 0
+        chosen = self._order(self.epoch)[self.used : self.used + count]
+        self.used += len(chosen)
+        domains = self.domain[chosen].tolist()
+        return [(d, self.epoch * self.sizes[d] + int(i)) for d, i in zip(domains, self.index[chosen])]
+
+    def steps(self, epochs: int, global_batch: int) -> int:
+        """Steps of so many epochs; the last of each may be smaller."""
+        return epochs * math.ceil(len(self.domain) / global_batch)
+
+    def state(self) -> dict[str, Any]:
+        """Where the next draw begins; JSON-able."""
+        return {"epoch": self.epoch, "used": self.used}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.epoch, self.used = int(state["epoch"]), int(state["used"])
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        return permutation(len(self.domain), stable_key(self.seed, "epochs", epoch))

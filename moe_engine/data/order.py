@@ -11,11 +11,13 @@ the order does not hang on a library's random generator.
 """
 
 import hashlib
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from moe_engine.data.row import Row, row_of
 from moe_engine.data.shards import TokenDataset
 from moe_engine.hashing import GAMMA, mix64
 
@@ -37,41 +39,39 @@ def permutation(count: int, key: int) -> np.ndarray:
     return np.argsort(hash64(np.arange(count, dtype=np.uint64), key))
 
 
-class Window(NamedTuple):
-    """`tokens` [S + 1] int64; `starts` [S + 1] bool: whether a document begins at this token."""
-
-    tokens: np.ndarray
-    starts: np.ndarray
-
-
 class _Epoch(NamedTuple):
     documents: np.ndarray  # in reading order
     ends: np.ndarray  # in the stream, of each of them
     windows: np.ndarray
 
 
-class SampleOrder:
-    """Random access to the endless sequence of samples of one domain: `window(n)` is the n-th sample for ever."""
+class TextOrder:
+    """Random access to the endless sequence of windows of one domain: `row(n)` is the n-th for ever.
 
-    def __init__(self, dataset: TokenDataset, seq_length: int, seed: int, name: str, shuffle: bool = True) -> None:
-        self.dataset, self.seq_length, self.seed, self.name, self.shuffle = dataset, seq_length, seed, name, shuffle
+    document_mask: attention and positions restart at each document.
+    """
+
+    def __init__(self, dataset: TokenDataset, seq_length: int, seed: int, name: str, document_mask: bool = True):
+        self.dataset, self.seq_length, self.seed, self.name = dataset, seq_length, seed, name
+        self.document_mask = document_mask
         self.per_epoch = max(dataset.tokens - 1, 0) // seq_length
+        self.held_out = max(math.ceil((dataset.tokens - 1) / seq_length), 0)  # windows of `in_order`
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)  # two: a step may straddle the border
 
-    def window(self, sample: int) -> Window:
-        """Sample `sample` of the sequence; epoch sample // per_epoch."""
-        number, index = divmod(sample, self.per_epoch)
+    def row(self, number: int) -> Row:
+        """Window `number` of the sequence; epoch number // per_epoch."""
+        number, index = divmod(number, self.per_epoch)
         epoch = self._epoch(number)
         start = int(epoch.windows[index]) * self.seq_length
-        return self.span(epoch, start, start + self.seq_length + 1)
+        return self._row(epoch, start, start + self.seq_length + 1)
 
-    def in_order(self, index: int) -> Window:
+    def in_order(self, index: int) -> Row:
         """Window `index` of the text as it lies on disk; the last one may be shorter."""
         start = index * self.seq_length
-        return self.span(self._epoch(-1), start, min(start + self.seq_length + 1, self.dataset.tokens))
+        return self._row(self._epoch(-1), start, min(start + self.seq_length + 1, self.dataset.tokens))
 
-    def span(self, epoch: _Epoch, start: int, stop: int) -> Window:
-        """Tokens start .. stop - 1 of an epoch's stream, int64; DataError for an id outside the vocabulary."""
+    def _row(self, epoch: _Epoch, start: int, stop: int) -> Row:
+        """Tokens start .. stop - 1 of an epoch's stream; DataError for an id outside the vocabulary."""
         tokens = np.empty(stop - start, np.int64)
         starts = np.zeros(stop - start, bool)
         at, place = start, int(np.searchsorted(epoch.ends, start, side="right"))
@@ -83,7 +83,7 @@ class SampleOrder:
             starts[at - start] = at == begin
             self.dataset.check_ids(tokens[at - start : upto - start], document)
             at, place = upto, place + 1
-        return Window(tokens, starts)
+        return row_of(tokens, starts, self.document_mask)
 
     def _make_epoch(self, number: int) -> _Epoch:
         count = len(self.dataset)

@@ -3,16 +3,20 @@
     OUT/manifest.json              format, tokenizer, counts, sources, the shards of every domain and split
     OUT/<domain>-train-00000.bin   token ids, uint16 (vocabulary <= 65,536) or uint32, documents end to end
     OUT/<domain>-train-00000.idx   int64: documents + 1 offsets into the .bin, in tokens (both little-endian)
+    OUT/<domain>-train-00000.mask  samples alone: one bit a token, first bit first: whether it is a label (version 2)
+    OUT/<domain>-train-00000.COL   samples alone: int32, one a document, of the column COL that the manifest lists
     OUT/bad_rows.jsonl             what was left out and why, if anything was
     OUT/tokenizer/                 the tokenizer as a Hugging Face folder has it: it goes along with a run's weights
 
-Every document ends with `eos_id` and lies in one shard. A folder is written as OUT.partial and renamed when it is whole
-and flushed, so that a folder with this name is a whole one. Reading copies nothing: windows are views of np.memmap.
+Every document of text ends with `eos_id`, and a sample as its template says. Each lies in one shard. A folder is
+written as OUT.partial and renamed when it is whole and flushed, so that a folder with this name is a whole one. Reading
+copies nothing: windows are views of np.memmap.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +26,7 @@ from moe_engine.errors import DataError
 from moe_engine.host.files import size_in
 
 FORMAT = "moe_engine.tokens"
-VERSION = 1
+VERSION = 2  # 1 had no masks and no columns
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"  # the sub-folder of its files
 SHARD_TOKENS = 1 << 28
@@ -42,10 +46,22 @@ class ShardWriter:
         self.shards: list[dict[str, Any]] = []
         self.file: BinaryIO | None = None
         self.lengths: list[np.ndarray] = []
+        self.trained: list[np.ndarray] = []
+        self.columns: dict[str, list[np.ndarray]] = {}
         self.tokens = self.documents = self.in_shard = 0
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Documents end to end in `tokens`; lengths[i] of them belong to the i-th."""
+    def add(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        trained: np.ndarray | None = None,
+        columns: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Documents end to end in `tokens`; lengths[i] of them belong to the i-th.
+
+        trained: bool, whether a token is a label. columns: int32 values of each document. Given for all or for none.
+        """
+        columns = columns or {}
         start = 0
         while start < len(lengths):
             if self.file is None:
@@ -57,6 +73,11 @@ class ShardWriter:
                 taken = int(ends[count - 1])
                 self.file.write(tokens[:taken].astype(self.dtype, copy=False).data)
                 self.lengths.append(lengths[start : start + count])
+                if trained is not None:
+                    self.trained.append(trained[:taken])
+                    trained = trained[taken:]
+                for name, values in columns.items():
+                    self.columns.setdefault(name, []).append(values[start : start + count])
                 tokens, start = tokens[taken:], start + count
                 self.in_shard += taken
                 self.tokens += taken
@@ -101,14 +122,20 @@ class ShardWriter:
         _flush(self.file)
         self.file.close()
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(self.lengths))]).astype("<i8")
-        with open(self._path("idx"), "wb") as index:
-            index.write(offsets.data)
-            _flush(index)
+        beside = {"idx": offsets} | {name: np.concatenate(v).astype("<i4") for name, v in self.columns.items()}
+        if self.trained:
+            beside["mask"] = np.packbits(np.concatenate(self.trained))
+        for suffix, values in beside.items():
+            with open(self._path(suffix), "wb") as file:
+                file.write(values.data)
+                _flush(file)
         with open(self._path("bin"), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         name = self._path("bin").name
         self.shards.append({"file": name, "documents": len(offsets) - 1, "tokens": int(offsets[-1]), "sha256": digest})
-        self.file, self.lengths, self.in_shard = None, [], 0
+        if self.trained:
+            self.shards[-1]["mask_sha256"] = hashlib.sha256(beside["mask"].data).hexdigest()
+        self.file, self.lengths, self.in_shard, self.trained, self.columns = None, [], 0, [], {}
 
 
 def _flush(file: BinaryIO) -> None:
@@ -134,13 +161,20 @@ def read_data_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / MANIFEST}: cannot be read ({error}); prepare the data again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise DataError(f"{folder / MANIFEST}: not {FORMAT} version {VERSION}; prepare the data again")
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or manifest.get("version") not in (1, VERSION)
+    ):
+        raise DataError(f"{folder / MANIFEST}: not {FORMAT} version 1 or {VERSION}; prepare the data again")
     return manifest
 
 
 class TokenDataset:
-    """One split of one domain, memory-mapped. `lengths[i]` is the number of tokens of document i, its eos included."""
+    """One split of one domain, memory-mapped. `lengths[i]` is the number of tokens of document i, its eos included.
+
+    samples: whether tokens are masked. columns: by name, int32 [documents]; "expert_label" indexes `expert_labels`.
+    """
 
     def __init__(self, folder: Path, domain: str, split: str, vocab_size: int | None = None) -> None:
         manifest = read_data_manifest(folder)
@@ -162,12 +196,18 @@ class TokenDataset:
         if manifest["dtype"] != dtype.str:  # mapped as anything else, an object say, bytes of the file would act
             raise DataError(f"{folder}: tokens of type {manifest['dtype']!r}, expected {dtype.str}; prepare it again")
         self.shards = [self._map(shard, dtype) for shard in entry["shards"]]
+        self.samples: bool = manifest["domains"][domain].get("samples", False)
+        self.masks = [self._mask(shard) for shard in entry["shards"]] if self.samples else []
+        self.expert_labels: list[str] = manifest["domains"][domain].get("expert_labels", [])
+        names = manifest["domains"][domain].get("columns", [])
+        self.columns = {name: self._column(name, entry["shards"]) for name in names}
         offsets = [self._offsets(shard) for shard in entry["shards"]]
         self.lengths = np.concatenate([np.diff(o) for o in offsets]) if offsets else np.empty(0, np.int64)
         self.starts = np.concatenate([o[:-1] for o in offsets]) if offsets else np.empty(0, np.int64)
         self.shard_firsts = np.cumsum([0] + [len(o) - 1 for o in offsets])
         self.tokens = int(self.lengths.sum())
-        self.fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in entry["shards"]).encode()).hexdigest()
+        digests = (shard["sha256"] + shard.get("mask_sha256", "") for shard in entry["shards"])
+        self.fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -177,6 +217,15 @@ class TokenDataset:
         shard = int(np.searchsorted(self.shard_firsts, document, side="right")) - 1
         begin = int(self.starts[document])
         return self.shards[shard][begin + start : begin + stop]
+
+    def trained(self, document: int, stop: int) -> np.ndarray:
+        """Whether each of the first `stop` tokens of a document is a label, bool [stop]."""
+        if not self.samples:
+            return np.ones(stop, bool)
+        shard = int(np.searchsorted(self.shard_firsts, document, side="right")) - 1
+        begin = int(self.starts[document])
+        bits = np.unpackbits(self.masks[shard][begin // 8 : (begin + stop + 7) // 8])
+        return bits[begin % 8 : begin % 8 + stop].astype(bool)
 
     def check_ids(self, tokens: np.ndarray, document: int) -> None:
         """DataError if a token id lies outside the vocabulary: the file changed after it was written."""
@@ -190,6 +239,20 @@ class TokenDataset:
         path = self.folder / shard["file"]
         self._check_size(path, shard["tokens"] * dtype.itemsize)
         return np.memmap(path, dtype, mode="r", shape=(shard["tokens"],))
+
+    def _mask(self, shard: dict[str, Any]) -> np.ndarray:
+        path = (self.folder / shard["file"]).with_suffix(".mask")
+        size = (shard["tokens"] + 7) // 8
+        self._check_size(path, size)
+        return np.memmap(path, np.uint8, mode="r", shape=(size,))
+
+    def _column(self, name: str, shards: list[dict[str, Any]]) -> np.ndarray:
+        parts = []
+        for shard in shards:
+            path = (self.folder / shard["file"]).with_suffix(f".{name}")
+            self._check_size(path, 4 * shard["documents"])
+            parts.append(np.fromfile(path, "<i4"))
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def _offsets(self, shard: dict[str, Any]) -> np.ndarray:
         path = (self.folder / shard["file"]).with_suffix(".idx")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_engine.config.files import read_mapping
-from moe_engine.data.loader import Batch
+from moe_engine.data.loader import Batch, plain_batch
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.labels import IGNORE
 from moe_engine.prepare.files import list_files
@@ -131,4 +131,4 @@ def batches(tokens_BS: Tensor, size: int) -> Iterator[Batch]:
     for tokens in tokens_BS.split(size):
         labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)], dim=1)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        yield Batch(tokens, labels, positions, torch.zeros(len(tokens), dtype=torch.int64))
+        yield plain_batch(tokens, labels, positions)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from moe_engine.config.command_line import load_run
-from moe_engine.data.loader import Batch, Loader, OpenDomain, open_domains
+from moe_engine.data.loader import Batch, Loader, OpenDomain, open_domains, plain_batch
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
@@ -99,7 +99,7 @@ def random_batches(count: int, size: int, vocab_size: int, length: int = 16) -> 
     for _ in range(count):
         tokens = torch.randint(vocab_size, (size, length + 1), generator=draw)
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        batches.append(Batch(inputs, labels, positions, torch.zeros(size, dtype=torch.long)))
+        batches.append(plain_batch(inputs, labels, positions))
     return batches
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_engine.config import Run
 from moe_engine.data.corpus import open_corpus
-from moe_engine.data.loader import Batch
+from moe_engine.data.loader import Batch, plain_batch
 from moe_engine.errors import EngineError
 from moe_engine.log.logger import Logger
 from moe_engine.model.moe import MoE
@@ -246,7 +246,7 @@ def random_batch(run: Run, load: Load, seed: int) -> Batch:
         sequences, length = run.data_ranks, load.length * run.parallel.tp
     tokens = torch.randint(run.model.vocab_size, (sequences, length + 1), generator=draw)
     at = torch.arange(length).expand(sequences, length)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), at, torch.zeros(sequences, dtype=torch.int64))
+    return plain_batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), at)
 
 
 def truth_of(run: Run, load: Load, whole: Batch) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_engine.config import Data, Domain, Model, Optimizer, Parallel, Run, Train
 from moe_engine.data.corpus import open_corpus
-from moe_engine.data.loader import Batch
+from moe_engine.data.loader import Batch, plain_batch
 from moe_engine.log.logger import Logger
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
@@ -56,9 +56,9 @@ def global_batch(step: int, vocab_size: int = MODEL.vocab_size) -> Batch:
     labels = tokens[:, 1:].masked_fill(
         torch.arange(LENGTH) >= torch.randint(1, LENGTH + 1, (SEQUENCES, 1), generator=draw), -100
     )
-    return Batch(
-        tokens[:, :-1].contiguous(), labels, torch.arange(LENGTH).expand(SEQUENCES, LENGTH), torch.arange(SEQUENCES) % 2
-    )
+    positions = torch.arange(LENGTH).expand(SEQUENCES, LENGTH)
+    batch = plain_batch(tokens[:, :-1].contiguous(), labels, positions)
+    return batch._replace(domain_B=torch.arange(SEQUENCES) % 2)
 
 
 def my_batches(run: Run, mesh: Mesh, step: int) -> list[Batch]:

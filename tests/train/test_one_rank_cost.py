@@ -18,7 +18,7 @@ bf16 = sys.argv[1] == "bf16"
 """
 OURS = """
 from moe_engine.config import Model, Run, Train
-from moe_engine.data.loader import Batch
+from moe_engine.data.loader import plain_batch
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise
@@ -31,7 +31,7 @@ transformer = Transformer(model, Mesh())
 initialise(transformer, 0)
 engine, terms = make_engine(transformer, run, Mesh()), pretraining_terms(model)
 positions = torch.arange(S).repeat(2, 1)
-batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, torch.zeros(2, dtype=torch.int64))
+batch = plain_batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions)
 step = lambda: finish(engine, terms, Mesh(), [batch], accumulate(engine, terms, Mesh(), [batch]), 1e-4)
 """
 PLAIN = """

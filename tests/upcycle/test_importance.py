@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_engine.data.loader import Batch
+from moe_engine.data.loader import Batch, plain_batch
 from moe_engine.errors import DataError
 from moe_engine.model.attention import inverse_frequencies, places
 from moe_engine.model.transformer import Transformer
@@ -23,7 +23,7 @@ def batches() -> list[Batch]:
         ids = torch.randint(DENSE.vocab_size, (len(group_B), LENGTH + 1), generator=draw)
         labels = ids[:, 1:].masked_fill(torch.rand(len(group_B), LENGTH, generator=draw) < 0.4, -100)
         positions = torch.arange(LENGTH).expand(len(group_B), LENGTH)
-        made.append(Batch(ids[:, :-1].contiguous(), labels, positions, group_B))
+        made.append(plain_batch(ids[:, :-1].contiguous(), labels, positions)._replace(domain_B=group_B))
     return made
 
 
@@ -125,7 +125,7 @@ def test_sequences_are_grouped_by_their_mean_feature() -> None:
     model = dense_model()
     draw = torch.Generator().manual_seed(3)
     ids = torch.cat([torch.randint(low, low + 4, (n, LENGTH), generator=draw) for low, n in ((0, 6), (80, 5))])
-    batch = Batch(ids, ids, torch.arange(LENGTH).expand(11, LENGTH), torch.zeros(11, dtype=torch.int64))
+    batch = plain_batch(ids, ids, torch.arange(LENGTH).expand(11, LENGTH))
     counted_BS = torch.ones(11, LENGTH, dtype=torch.bool)
     counted_BS[3, 5:] = False
     h_TD = model.hidden(batch.tokens_BS, batch.positions_BS)[0].detach()
