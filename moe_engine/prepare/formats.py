@@ -16,7 +16,7 @@ Every row comes out, as a Document or as a BadRow, and a row that is broken take
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -69,15 +69,20 @@ class Chunk(NamedTuple):
 
 
 def read_chunks(
-    path: Path, per: Literal["file", "line"] = "file", text_key: str | None = None
+    path: Path, per: Literal["file", "line"] = "file", text_key: str | None = None, keys: Sequence[str] = TEXT_KEYS
 ) -> Iterator[Chunk | BadRow]:
-    """The file as chunks, in order. `per`: whether a plain text file is one document or one document a line."""
+    """The file as chunks, in order. `per`: whether a plain text file is one document or one document a line.
+
+    keys: fields that tell a row of a .json file from a mapping of rows; unless they are those of text, a Parquet file
+    gives all of its columns.
+    """
+    keys = (text_key,) if text_key else keys
     suffix = suffix_of(path)
     try:
         if suffix == ".parquet":
-            yield from _parquet(path, text_key)
+            yield from _parquet(path, keys)
         elif suffix == ".json":
-            yield from _json(path, text_key)
+            yield from _json(path, keys)
         elif suffix == ".jsonl":
             yield from _lines(path, "jsonl")
         elif per == "line":
@@ -141,9 +146,9 @@ def _character_end(text: bytes) -> int:
     return len(text)
 
 
-def _json(path: Path, text_key: str | None) -> Iterator[Chunk | BadRow]:
+def _json(path: Path, keys: Sequence[str]) -> Iterator[Chunk | BadRow]:
     with _open_text(path) as stream:
-        layout = json_layout(stream, MAX_ROW, READ_ERRORS, (text_key,) if text_key else TEXT_KEYS)
+        layout = json_layout(stream, MAX_ROW, READ_ERRORS, tuple(keys))
     if layout == "lines":
         yield from _lines(path, "jsonl")
         return
@@ -170,7 +175,7 @@ def _open_text(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(open_file(path), "utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _parquet(path: Path, text_key: str | None) -> Iterator[Chunk | BadRow]:
+def _parquet(path: Path, keys: Sequence[str]) -> Iterator[Chunk | BadRow]:
     try:
         import pyarrow.parquet
         from pyarrow import ArrowException
@@ -178,7 +183,8 @@ def _parquet(path: Path, text_key: str | None) -> Iterator[Chunk | BadRow]:
         raise ConfigError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            wanted = [name for name in ((text_key,) if text_key else TEXT_KEYS) if name in file.schema_arrow.names]
+            text = len(keys) == 1 or keys is TEXT_KEYS
+            wanted = [name for name in keys if name in file.schema_arrow.names] if text else []
             yield from _row_chunks(path, _parquet_rows(file, wanted[:1] or None, (ArrowException, OSError, ValueError)))
     except (ArrowException, OSError, ValueError) as error:
         yield BadRow(str(path), "", f"not a readable Parquet file: {error}")
@@ -213,21 +219,33 @@ def _broken(batch: Any) -> bool:
 
 def documents(chunk: Chunk, text_key: str | None = None) -> Iterator[Document | BadRow]:
     """The documents of a chunk in order, each a Document or the BadRow that stands in its place."""
-    if chunk.kind == "rows":
-        for where, value in chunk.payload:
-            yield _row_document(chunk.path, where, value, text_key)
+    if chunk.kind in ("rows", "jsonl"):
+        for where, value in rows_of(chunk):
+            yield value if isinstance(value, BadRow) else _row_document(chunk.path, where, value, text_key)
         return
     content = chunk.payload.removeprefix(BOM) if chunk.line == 1 else chunk.payload
     if chunk.kind == "text":
         yield _text_document(chunk.path, chunk.line, content)
         return
-    for number, line in enumerate(content.split(b"\n"), chunk.line):
-        if not line.strip():
-            continue
-        if chunk.kind == "lines":
-            yield _text_document(chunk.path, number, line.removesuffix(b"\r"))
-        else:
-            yield _json_line(chunk.path, number, line, text_key)
+    for number, line in _lines_of(content, chunk.line):
+        yield _text_document(chunk.path, number, line.removesuffix(b"\r"))
+
+
+def rows_of(chunk: Chunk) -> Iterator[tuple[str, Any | BadRow]]:
+    """The values of a chunk of kind "rows" or "jsonl", each with where it is; a BadRow for what is no JSON."""
+    if chunk.kind == "rows":
+        yield from chunk.payload
+        return
+    content = chunk.payload.removeprefix(BOM) if chunk.line == 1 else chunk.payload
+    for number, line in _lines_of(content, chunk.line):
+        yield str(number), _json_line(chunk.path, number, line)
+
+
+def _lines_of(content: bytes, first: int) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers."""
+    for number, line in enumerate(content.split(b"\n"), first):
+        if line.strip():
+            yield number, line
 
 
 def _text_document(path: str, line: int, content: bytes) -> Document | BadRow:
@@ -250,9 +268,9 @@ def _position(content: bytes, offset: int, line: int) -> str:
     return f"{line + row}:{column}"
 
 
-def _json_line(path: str, number: int, line: bytes, text_key: str | None) -> Document | BadRow:
+def _json_line(path: str, number: int, line: bytes) -> Any | BadRow:
     try:
-        value = json.loads(line.decode(), object_pairs_hook=unique_fields)
+        return json.loads(line.decode(), object_pairs_hook=unique_fields)
     except UnicodeDecodeError as error:
         return BadRow(path, f"{number}:{error.start + 1}", f"byte 0x{line[error.start]:02X} is not UTF-8")
     except json.JSONDecodeError as error:
@@ -260,7 +278,6 @@ def _json_line(path: str, number: int, line: bytes, text_key: str | None) -> Doc
         return BadRow(path, f"{number}:{error.colno}", f"not JSON: {error.msg}, near {near!r}")
     except (ValueError, RecursionError) as error:
         return BadRow(path, str(number), f"not JSON that can be read: {error}")
-    return _row_document(path, str(number), value, text_key)
 
 
 def _row_document(path: str, where: str, value: Any, text_key: str | None) -> Document | BadRow:

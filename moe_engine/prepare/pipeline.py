@@ -8,26 +8,17 @@ domain too small for that to hold anything out gives the last `eval_fraction` of
 """
 
 import hashlib
-import json
-import multiprocessing
 import os
-import signal
 import sysconfig
-import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from moe_engine.data.shards import (
-    MANIFEST,
     SHARD_TOKENS,
     SPLITS,
     TOKENIZER,
@@ -40,12 +31,13 @@ from moe_engine.errors import ConfigError, DataError
 from moe_engine.host.atomic_folder import atomic_folder
 from moe_engine.prepare.files import Listing, list_files
 from moe_engine.prepare.formats import BadRow, Chunk, documents, read_chunks
+from moe_engine.prepare.out_folder import existing, keep_tokenizer, report_bad
 from moe_engine.prepare.progress import Progress
 from moe_engine.prepare.sources import key_of, source_of
 from moe_engine.prepare.tokenizer.load import Tokenizer, load_tokenizer
+from moe_engine.prepare.workers import in_order, worker_count
 
 GROUP = 1 << 20  # bytes of input that one worker call takes
-BAD_ROWS = "bad_rows.jsonl"
 COUNTS = ("rows_read", "documents_kept", "empty_documents", "bad_rows")  # the first is the sum of the others
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
 
@@ -108,15 +100,15 @@ def prepare(
     sources = {name: [source_of(file) for file in found] for name, found in files.items()}
     tokens = [model.fingerprint, model.bos_id if options.add_bos else None]
     key = key_of(sources, tokens, asdict(options))
-    if (manifest := _existing(out, key, overwrite)) is not None:
+    if (manifest := existing(out, key, overwrite)) is not None:
         return _with_notes(manifest, listings)
     total = sum(source["bytes"] for found in sources.values() for source in found)
     with atomic_folder(out) as folder, Progress(total, quiet) as progress:
         writer = _Writer(folder, model, options, files, progress)
-        for domain, encoded in _encode_all(files, model, options, _worker_count(workers, total, model)):
+        for domain, encoded in _encode_all(files, model, options, worker_count(workers, total, model)):
             writer.add(domain, encoded)
         manifest = _with_notes(writer.finish(sources, key), listings)
-        manifest["tokenizer"] |= {"files": _keep_tokenizer(folder / TOKENIZER, model), "notes": list(model.notes)}
+        manifest["tokenizer"] |= {"files": keep_tokenizer(folder / TOKENIZER, model), "notes": list(model.notes)}
         write_data_manifest(folder, manifest)
     return read_data_manifest(out)
 
@@ -133,50 +125,12 @@ def _check_options(options: PrepareOptions, workers: int | None) -> None:
         raise ConfigError("; ".join(problems))
 
 
-def _keep_tokenizer(folder: Path, model: Tokenizer) -> dict[str, str]:
-    """Writes the tokenizer's files into the prepared folder; the SHA-256 of each."""
-    folder.mkdir()
-    digests = {}
-    for name, content in model.kept().items():
-        with open(folder / name, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        digests[name] = hashlib.sha256(content).hexdigest()
-    return digests
-
-
 def _with_notes(manifest: dict[str, Any], listings: Mapping[str, Listing]) -> dict[str, Any]:
     """The manifest with what its inputs hold beside the files that were read."""
     for name, (_, again, passed_over) in listings.items():
         notes = {"passed_over": dict(passed_over), "met_again": [[str(path), str(first)] for path, first in again]}
         manifest["domains"][name] |= notes
     return manifest
-
-
-def _existing(out: Path, key: str, overwrite: bool) -> dict[str, Any] | None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not out.is_dir() or not (out / MANIFEST).is_file():
-        raise ConfigError(f"{out}: exists and is not prepared data; choose another output folder")
-    manifest = read_data_manifest(out)
-    if manifest["key"] == key:
-        return manifest
-    if overwrite:
-        return None
-    raise ConfigError(
-        f"{out}: holds data made of other files, or with another tokenizer or other options; choose another folder, or "
-        "replace it with --overwrite"
-    )
-
-
-def _worker_count(workers: int | None, size: int, model: Tokenizer) -> int:
-    """Bytes are copied faster than a process takes them; starting processes pays from some megabytes on."""
-    if workers is not None:
-        return workers
-    if model.kind == "bytes" or size < 8 << 20:
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _groups(files: Mapping[str, Sequence[Path]], options: PrepareOptions) -> Iterator[tuple[str, list[Chunk | BadRow]]]:
@@ -196,47 +150,18 @@ def _groups(files: Mapping[str, Sequence[Path]], options: PrepareOptions) -> Ite
 def _encode_all(
     files: Mapping[str, Sequence[Path]], model: Tokenizer, options: PrepareOptions, workers: int
 ) -> Iterator[tuple[str, Encoded]]:
-    groups = _groups(files, options)
-    if workers == 1:
-        for domain, group in groups:
-            yield domain, encode_group(group, model, options)
-        return
-    pending: deque[tuple[str, Future[Encoded]]] = deque()
-    with ExitStack() as stack:
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-        stack.callback(pool.shutdown, cancel_futures=True)
-        try:
-            for domain, group in groups:
-                pending.append((domain, pool.submit(_encode_in_worker, group, model.spec, options)))
-                if len(pending) > 2 * workers:
-                    name, future = pending.popleft()
-                    yield name, future.result()
-            while pending:
-                name, future = pending.popleft()
-                yield name, future.result()
-        except BrokenProcessPool:
-            raise DataError("a worker process died (out of memory?); try again with fewer --workers") from None
-
-
-def _start_worker() -> None:
-    """A worker leaves Ctrl-C to the parent and ends when the parent does, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        """End this process at once when the parent has ended."""
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    encode = partial(_encode, model.spec, options)
+    if workers == 1:  # the tokenizer at hand
+        encode = lambda given: encode_group(given[1], model, options)  # noqa: E731
+    for (domain, _), encoded in in_order(encode, _groups(files, options), workers):
+        yield domain, encoded
 
 
 _load_once = lru_cache(maxsize=1)(load_tokenizer)
 
 
-def _encode_in_worker(group: list[Chunk | BadRow], tokenizer: str, options: PrepareOptions) -> Encoded:
-    return encode_group(group, _load_once(tokenizer), options)
+def _encode(tokenizer: str, options: PrepareOptions, given: tuple[str, list[Chunk | BadRow]]) -> Encoded:
+    return encode_group(given[1], _load_once(tokenizer), options)
 
 
 def encode_group(group: list[Chunk | BadRow], model: Tokenizer, options: PrepareOptions) -> Encoded:
@@ -297,7 +222,7 @@ class _Writer:
             size = self.options.shard_tokens
             self.open = {s: ShardWriter(self.folder, f"{domain}-{s}", self.dtype, size) for s in SPLITS}
             self.max_id = dict.fromkeys(SPLITS, -1)
-        self._report(domain, encoded.bad)
+        report_bad(self.folder, domain, encoded.bad, self.options.on_bad_row, self.progress)
         kept = sum(len(lengths) for _, lengths in encoded.splits.values())
         for name, count in zip(COUNTS, (encoded.rows, kept, encoded.empty, sum(row.rows for row in encoded.bad))):
             self.counts[domain][name] += count
@@ -305,16 +230,6 @@ class _Writer:
             self.open[split].add(tokens, lengths)
             self.max_id[split] = max(self.max_id[split], int(tokens.max(initial=0)))
         self.progress.advance(encoded.size, sum(len(tokens) for tokens, _ in encoded.splits.values()))
-
-    def _report(self, domain: str, bad: list[BadRow]) -> None:
-        if not bad:
-            return
-        if self.options.on_bad_row == "stop":
-            raise DataError(f"{bad[0]}. Mend it, or leave such rows out with --on-bad-row skip")
-        with open(self.folder / BAD_ROWS, "a", encoding="utf-8", errors="backslashreplace") as file:
-            for row in bad:
-                self.progress.bad_row(str(row))
-                file.write(json.dumps({"domain": domain, **row._asdict()}) + "\n")
 
     def _close_domain(self) -> None:
         if self.domain is None:

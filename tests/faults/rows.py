@@ -19,7 +19,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from moe_engine.errors import DataError, EngineError
-from moe_engine.prepare.pipeline import BAD_ROWS, PrepareOptions, prepare
+from moe_engine.prepare.out_folder import BAD_ROWS
+from moe_engine.prepare.pipeline import PrepareOptions, prepare
 from moe_engine.prepare.tokenizer.byte_files import END
 from moe_engine.text import printable
 from tests.faults.arena import Arena, Injections
