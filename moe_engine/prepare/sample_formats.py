@@ -21,15 +21,18 @@ SPEAKERS = re.compile(r"\n\n(Human|Assistant):")
 
 
 class Sample(NamedTuple):
-    """One conversation, which ends with an assistant's turn: of a pair, the chosen one.
+    """One conversation, which ends with an assistant's turn.
 
-    label: the expert label of the row. rejected: the turns that stand in place of the last in the other half of a pair.
+    label: the expert label of the row. rejected: of a pair, what stands in the other half in place of the messages from
+    `shared` on. where: file and row.
     """
 
     messages: list[Message]
     tools: list[Any] | None = None
     label: str | None = None
     rejected: list[Message] | None = None
+    shared: int = 0
+    where: str = ""
 
 
 class LeftOut(Exception):
@@ -171,7 +174,7 @@ def pair(prompt: list[Message], chosen: list[Message], rejected: list[Message], 
         raise LeftOut("no prompt")
     if endings[0] == endings[1]:
         raise LeftOut("chosen and rejected are the same")
-    return Sample([*prompt, *endings[0]], tools_of(row), expert_label(row), endings[1])
+    return Sample([*prompt, *endings[0]], tools_of(row), expert_label(row), endings[1], len(prompt))
 
 
 def prompt_of(row: Row) -> list[Message]:

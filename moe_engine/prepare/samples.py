@@ -63,7 +63,7 @@ class Samples:
             if not kind.fits(row):
                 needed = ", ".join(" or ".join(names) for names in kind.needs)
                 raise Malformed(f"fields are {', '.join(list(row)[:8]) or 'none'}; {self.format} needs {needed}")
-            return checked(kind.read(row))
+            return checked(kind.read(row))._replace(where=f"{path}:{where}")
         except LeftOut as reason:
             self.left_out[str(reason)] += 1
             return None
@@ -147,6 +147,15 @@ def checked(sample: Sample) -> Sample:
         if "\0" in message["content"]:
             raise Malformed("a message that holds NUL (U+0000)")
     return sample
+
+
+def files_of(paths: Sequence[str | Path]) -> list[Path]:
+    """The files that samples of these paths are read from."""
+    found: list[Path] = []
+    for path in paths:
+        saved = _saved_dataset(str(path))
+        found += sorted(saved[0].rglob("*.arrow")) if saved else list_files([path]).files
+    return found
 
 
 def _rows(paths: Sequence[str | Path]) -> Iterator[Located | BadRow]:
