@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.data import with_data
 from launch.ranks import ending, launched
-from launch.run import PRINTS, Launched, only_printed, running
-from moe_engine.config import Domain, Run
+from launch.run import PRINTS, only_printed, running
 from moe_engine.config.command_line import build_parser, load
 from moe_engine.host.console import run_program
 
@@ -35,22 +35,6 @@ def main(argv: list[str]) -> int:
                 text = open_corpus(run)
                 fit(build(run, here.mesh, here.device, *text, here.log, here.requests, here.heartbeat))
     return end.code
-
-
-def with_data(here: Launched) -> Run:
-    """The run, with the standard library's own sources if it names no data; rank 0 prepares them."""
-    from moe_engine.parallel.collectives import barrier
-    from moe_engine.prepare.default import NAME, prepare_default_corpus
-
-    run = here.run
-    if run.data.domains:
-        return run
-    folder = Path(run.train.out) / "data"
-    if here.mesh.world.rank == 0:
-        prepare_default_corpus(folder, run)
-    barrier(here.mesh.world)
-    domains = (Domain(name=NAME, path=str(folder)),)
-    return run.model_copy(update={"data": run.data.model_copy(update={"domains": domains})})
 
 
 if __name__ == "__main__":

@@ -162,7 +162,9 @@ def derive(run: Run, world_size: int) -> tuple[Run, list[str], list[str]]:
     elif "accumulation" not in train.model_fields_set:
         train = train.model_copy(update={"accumulation": max(1, train.global_batch // unit)})
         lines.append(f"train.accumulation = {train.accumulation} (global_batch {train.global_batch} / ({batch}))")
-    if "warmup_steps" not in optimizer.model_fields_set:
+    if train.epochs:
+        lines.append(f"train.steps = what {train.epochs} epochs take, counted when the data is open")
+    elif "warmup_steps" not in optimizer.model_fields_set:
         optimizer = optimizer.model_copy(update={"warmup_steps": train.steps // 10})
         lines.append(f"optimizer.warmup_steps = {optimizer.warmup_steps} (steps {train.steps} // 10)")
     elif optimizer.warmup_steps > train.steps:

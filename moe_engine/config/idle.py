@@ -95,3 +95,18 @@ def no_eval_steps(run: Run) -> str | None:
     """Of the length of evaluations that never come."""
     none = run.train.eval_every == 0 < run.train.eval_batches
     return "eval_every is 0: no evaluation" if none else None
+
+
+def counted_by_epochs(run: Run) -> str | None:
+    """Of a number of steps, where epochs decide it."""
+    return f"train.epochs is {run.train.epochs}" if run.train.epochs else None
+
+
+def no_samples(run: Run) -> str | None:
+    """Of how rows become tokens, where there are none."""
+    return None if run.samples.given else "no samples are named (samples.files or samples.mixture)"
+
+
+def no_mixture(run: Run) -> str | None:
+    """Of the parts of a mixture, where there is none."""
+    return None if run.samples.mixture else "samples.mixture names no file"

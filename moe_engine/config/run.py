@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from moe_engine.config.idle import (
     alone,
     attention_experts_not_cut,
+    counted_by_epochs,
     no_eval_batches,
     no_eval_steps,
     no_export,
@@ -16,6 +17,7 @@ from moe_engine.config.idle import (
     zero_is_0,
 )
 from moe_engine.config.model import Model
+from moe_engine.config.samples import Samples
 from moe_engine.config.section import (
     Count,
     NonNegative,
@@ -145,6 +147,14 @@ class Data(Section):
         flag=("", "train on tokens that the weights do not know"),
         on_resume="free",
     )
+    packing: Literal["auto", "windows", "samples", "none"] = setting(
+        "auto",
+        (
+            "how sequences are filled: text in `windows` cut from its stream, `samples` whole and several in one "
+            "sequence, or one each (`none`); `auto` is what the data is"
+        ),
+        on_resume="free",
+    )
     document_mask: bool = setting(True, "attention and positions restart at each document of a window")
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = setting(
         0.01,
@@ -170,6 +180,13 @@ class Train(Section):
         300,
         "optimizer steps",
         flag=("N", "optimizer steps"),
+        idle=(counted_by_epochs,),
+        consequence="the learning rate follows the new schedule from here on",
+    )
+    epochs: Count = setting(
+        0,
+        "passes over the samples, each of them once a pass, which then decide `steps`; 0: count steps",
+        flag=("N", "passes over the samples, in place of --steps"),
         consequence="the learning rate follows the new schedule from here on",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = setting(
@@ -302,6 +319,7 @@ class Run(Section):
     parallel: Parallel = Parallel()
     optimizer: Optimizer = Optimizer()
     data: Data = Data()
+    samples: Samples = Samples()
     train: Train = Train()
 
     @property

@@ -2,6 +2,7 @@
 
 from moe_engine.config import Run
 from moe_engine.data.loader import Loader, OpenDomain, open_domains
+from moe_engine.data.mixture import Epochs
 
 
 def open_corpus(run: Run) -> tuple[list[OpenDomain], list[OpenDomain]]:
@@ -23,4 +24,17 @@ def loader_of(run: Run, domains: list[OpenDomain], data_rank: int = 0) -> Loader
         data_rank=data_rank,
         data_size=run.data_ranks,
         document_mask=run.data.document_mask,
+        packing=run.data.packing,
+        epochs=run.train.epochs > 0,
     )
+
+
+def with_epochs(run: Run, loader: Loader) -> Run:
+    """The run with the steps that its epochs take, and the usual warm-up unless one was given."""
+    if not isinstance(loader.draws, Epochs):
+        return run
+    steps = loader.draws.steps(run.train.epochs, loader.global_batch)
+    train, optimizer = run.train.model_copy(update={"steps": steps}), run.optimizer
+    if "warmup_steps" not in optimizer.model_fields_set or optimizer.warmup_steps > steps:
+        optimizer = optimizer.model_copy(update={"warmup_steps": min(steps, max(optimizer.warmup_steps, steps // 10))})
+    return run.model_copy(update={"train": train, "optimizer": optimizer})

@@ -64,8 +64,8 @@ def open_domains(
 ) -> list[OpenDomain]:
     """Opens (name, path, weight) triples, `path` a folder made by prepare_data.
 
-    A folder with several domains gives the one called `name`, or all of them, sharing `weight` by their tokens, if none
-    is. DataError if a folder holds ids >= `vocab_size`.
+    A folder with several domains gives the one called `name`, or all of them if none is, sharing `weight` as the folder
+    says or else by their tokens. DataError if a folder holds ids >= `vocab_size`.
     """
     opened = []
     for name, path, weight in domains:
@@ -75,8 +75,11 @@ def open_domains(
         if name in inside or len(inside) == 1:
             inside = [name if name in inside else inside[0]]
         total = sum(manifest["domains"][d]["splits"]["train"]["tokens"] for d in inside)
+        weighed = all("weight" in manifest["domains"][d] for d in inside)
         for domain in inside:
-            share = manifest["domains"][domain]["splits"]["train"]["tokens"] / total if len(inside) > 1 else 1.0
+            entry = manifest["domains"][domain]
+            share = entry["weight"] if weighed else entry["splits"]["train"]["tokens"] / total
+            share = share if len(inside) > 1 else 1.0
             called = domain if len(inside) > 1 else name
             opened.append(OpenDomain(called, weight * share, TokenDataset(folder, domain, split, vocab_size)))
     names = [domain.name for domain in opened]
@@ -88,16 +91,21 @@ def open_domains(
 def orders_of(
     domains: Sequence[OpenDomain], seq_length: int, seed: int, document_mask: bool, packing: str, shuffle: bool = True
 ) -> list[Order]:
-    """The windows of each domain: `packing` "windows" cuts the stream of its text, "samples" and "none" keep samples
-    whole, packed together or each alone."""
-    if packing == "windows":
-        return [TextOrder(domain.dataset, seq_length, seed, domain.name, document_mask) for domain in domains]
+    """The windows of each domain: of text, cut from its stream; of samples, whole ones packed together, or each alone
+    with `packing` "none". ConfigError for "windows" on samples, whose masks it would not see, and the reverse."""
     names = expert_labels(domains)
-    orders = []
-    for domain in domains:
-        places = [names.index(name) for name in domain.dataset.expert_labels]
-        options = {"pack": packing == "samples", "shuffle": shuffle, "expert_label": places}
-        orders.append(PackedOrder(domain.dataset, seq_length, seed, domain.name, **options))
+    orders: list[Order] = []
+    for name, _, dataset in domains:
+        if packing == "auto" or (packing == "windows") != dataset.samples:
+            options = {"pack": packing != "none", "shuffle": shuffle}
+            places = [names.index(label) for label in dataset.expert_labels]
+            if dataset.samples:
+                orders.append(PackedOrder(dataset, seq_length, seed, name, **options, expert_label=places))
+            else:
+                orders.append(TextOrder(dataset, seq_length, seed, name, document_mask))
+        else:
+            kind, right = ("samples", "samples or none") if dataset.samples else ("text", "windows")
+            raise ConfigError(f"data.packing: found {packing}, expected auto or {right}: domain {name} holds {kind}")
     return orders
 
 
@@ -128,7 +136,7 @@ class Loader:
         data_rank: int = 0,
         data_size: int = 1,
         document_mask: bool = True,
-        packing: str = "windows",
+        packing: str = "auto",
         epochs: bool = False,
         start_step: int = 0,
     ) -> None:
@@ -169,14 +177,13 @@ class Loader:
 
     def _batch(self, rows: list[Row], domains: list[int]) -> Batch:
         missing = self.micro_batch - len(rows)
-        restart = self.document_mask or self.packing != "windows"
-        return batch_of(rows + [EMPTY] * missing, domains + [0] * missing, self.seq_length, restart)
+        return batch_of(rows + [EMPTY] * missing, domains + [0] * missing, self.orders, self.seq_length)
 
     def state(self) -> dict[str, Any]:
         """Everything that decides the following steps."""
         datasets = [order.dataset.fingerprint for order in self.orders]
         identity = {"seed": self.seed, "seq_length": self.seq_length, "domains": self.domains, "datasets": datasets}
-        kind = {} if self.packing == "windows" else {"packing": self.packing}
+        kind = {"packing": self.packing} if any(isinstance(o, PackedOrder) for o in self.orders) else {}
         if isinstance(self.draws, Mixture):
             return {"step": self.step, **identity, **kind, "mixture": self.draws.state()}
         return {"step": self.step, **identity, **kind, "global_batch": self.global_batch, "epochs": self.draws.state()}
@@ -195,7 +202,7 @@ class Loader:
 
     def _check_sizes(self, weights: Sequence[float] | None) -> None:
         for name, order, weight in zip(self.domains, self.orders, weights or [0.0] * len(self.orders)):
-            if order.per_epoch == 0 and self.packing != "windows":
+            if order.per_epoch == 0 and isinstance(order, PackedOrder):
                 raise DataError(
                     f"domain {name}: none of its {len(order.dataset)} samples has a label among its first "
                     f"{self.seq_length} tokens; raise --seq-length, or look at it with tools/prepare_data.py preview"
@@ -217,7 +224,7 @@ class Loader:
 def check_order(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """ConfigError when the samples would come in another order than a checkpoint's: of two states of loaders."""
     kinds = ["epochs" if "epochs" in state else "steps" for state in (saved, here)]
-    saved, here = ({"packing": "windows", **state, "length": kind} for state, kind in zip((saved, here), kinds))
+    saved, here = ({"packing": "auto", **state, "length": kind} for state, kind in zip((saved, here), kinds))
     names = {"domains": "data.domains", "packing": "data.packing", "length": "what the run counts"}
     for key in ("seed", "seq_length", "domains", "packing", "length", "global_batch"):
         if saved.get(key) != here.get(key):
@@ -228,9 +235,9 @@ def check_order(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
             )
 
 
-def batch_of(rows: Sequence[Row], domains: Sequence[int], seq_length: int, restart: bool) -> Batch:
+def batch_of(rows: Sequence[Row], domains: Sequence[int], orders: Sequence[Order], seq_length: int) -> Batch:
     """Rows stacked as row.stacked says, with the domain of each."""
-    *text, expert_label = stacked(rows, seq_length, restart)
+    *text, expert_label = stacked(rows, seq_length, [orders[d].restarts for d in domains])
     return Batch(*map(torch.from_numpy, (*text, np.asarray(domains, np.int64), expert_label)))
 
 
@@ -242,7 +249,7 @@ def eval_batches(
     data_rank: int = 0,
     data_size: int = 1,
     document_mask: bool = True,
-    packing: str = "windows",
+    packing: str = "auto",
     limit: int | None = None,
 ) -> Iterator[Batch]:
     """The held-out text once, in a fixed order that mixes the domains evenly, cut over the data ranks.
@@ -261,5 +268,4 @@ def eval_batches(
         mine = samples[first : first + micro_batch]
         missing = micro_batch - len(mine)
         rows = [orders[d].in_order(i) for d, i in mine] + [EMPTY] * missing
-        restart = document_mask or packing != "windows"
-        yield batch_of(rows, [d for d, _ in mine] + [0] * missing, seq_length, restart)
+        yield batch_of(rows, [d for d, _ in mine] + [0] * missing, orders, seq_length)

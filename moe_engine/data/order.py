@@ -53,7 +53,7 @@ class TextOrder:
 
     def __init__(self, dataset: TokenDataset, seq_length: int, seed: int, name: str, document_mask: bool = True):
         self.dataset, self.seq_length, self.seed, self.name = dataset, seq_length, seed, name
-        self.document_mask = document_mask
+        self.document_mask = self.restarts = document_mask
         self.per_epoch = max(dataset.tokens - 1, 0) // seq_length
         self.held_out = max(math.ceil((dataset.tokens - 1) / seq_length), 0)  # windows of `in_order`
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)  # two: a step may straddle the border

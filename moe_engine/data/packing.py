@@ -64,6 +64,7 @@ class PackedOrder:
         expert_label: Sequence[int] = (),
     ) -> None:
         self.dataset, self.seq_length, self.seed, self.name = dataset, seq_length, seed, name
+        self.restarts = True
         self.expert_label = expert_label  # of the dataset's labels, their place among the run's
         taken = np.minimum(dataset.lengths, seq_length + 1)
         self.cut = int((dataset.lengths > seq_length + 1).sum())

@@ -41,10 +41,10 @@ def joined(rows: Sequence[Row]) -> Row:
 EMPTY = Row(*(np.empty(0, np.int64) for _ in Row._fields))
 
 
-def stacked(rows: Sequence[Row], seq_length: int, restart: bool) -> tuple[np.ndarray, ...]:
+def stacked(rows: Sequence[Row], seq_length: int, restart: Sequence[bool]) -> tuple[np.ndarray, ...]:
     """The fields of `rows`, each int64 [B, S]; a shorter row is filled up with token 0 that is not counted.
 
-    restart: what is filled up is a document of its own.
+    restart: of each row, whether what is filled up is a document of its own.
     """
     size = len(rows), seq_length
     tokens, labels = np.zeros(size, np.int64), np.full(size, IGNORE, np.int64)
@@ -52,6 +52,6 @@ def stacked(rows: Sequence[Row], seq_length: int, restart: bool) -> tuple[np.nda
     for i, row in enumerate(rows):
         n = len(row.tokens)
         tokens[i, :n], labels[i, :n], positions[i, :n], expert_label[i, :n] = row
-        if restart:
+        if restart[i]:
             positions[i, n:] -= n
     return tokens, labels, positions, expert_label

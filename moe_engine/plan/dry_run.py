@@ -48,7 +48,8 @@ def batch_lines(run: Run) -> list[str]:
         f"ZeRO {parallel.zero}, {train.precision}",
         f"batch       {train.global_batch} sequences = micro_batch {train.micro_batch} "
         f"x accumulation {train.accumulation} x {run.data_ranks} data ranks",
-        f"tokens      {tokens:,} a step, {total:,} in {train.steps:,} steps",
+        f"tokens      {tokens:,} a step, "
+        + (f"{train.epochs} epochs" if train.epochs else f"{total:,} in {train.steps:,} steps"),
         f"compute     {flops:.3e} FLOPs a step (matrix products, forward and backward)",
     ]
 

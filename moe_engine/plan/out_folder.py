@@ -53,7 +53,11 @@ def would_be_lost(run: Run, out: Path) -> Iterator[str]:
         return
     if not (data / MANIFEST).is_file():
         yield f"{data} exists and is not prepared data; give --data, or choose another --out"
-    elif (names := list(read_data_manifest(data)["domains"])) != [NAME]:
+        return
+    held = read_data_manifest(data)["domains"]
+    if run.samples.given and all(entry.get("samples") for entry in held.values()):
+        return  # the samples of this run, or of one before it in the same place: made anew from the files
+    if (names := list(held)) != [NAME]:
         yield f"{data} holds {', '.join(names)}: give --data {data} to train on it, or choose another --out"
 
 

@@ -47,8 +47,25 @@ def check_tokenizers(run: Run, checkpoint: tuple[Path, dict[str, Any]] | None) -
         )
 
 
+def tokenizer_of(run: Run) -> str:
+    """The tokenizer that a run's samples are prepared with: --tokenizer, or the one beside its weights. ConfigError
+    when there is none."""
+    if run.data.tokenizer:
+        return run.data.tokenizer
+    first = Path(run.train.init_from or "")
+    for folder in (first, first.resolve().parent.parent / OF_A_RUN, Path(run.train.out) / OF_A_RUN):
+        if (folder is not first or run.train.init_from) and holds_tokenizer(folder):
+            return str(folder)
+    raise ConfigError(
+        "samples need a tokenizer, and none lies beside the weights: give --tokenizer, or --init-from a folder with one"
+    )
+
+
 def of_data(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
     """The tokenizers that the data was made with, and where that is said."""
+    if run.samples.given and not run.data.domains:
+        yield "the samples", load_tokenizer(tokenizer_of(run)).described() | {"add_bos": False}
+        return
     given = load_tokenizer(run.data.tokenizer) if run.data.tokenizer or not run.data.domains else None
     if given and run.data.tokenizer:
         add_bos = (

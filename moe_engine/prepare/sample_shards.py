@@ -45,6 +45,7 @@ class SampleSource:
     columns: Mapping[str, str] = field(default_factory=dict)
     max_samples: int | None = None
     expert_label: str | None = None  # of every sample of the domain that names none
+    weight: float = 1.0  # share of the windows of a run
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,7 @@ class _Domain:
             "columns": columns,
             "expert_labels": labels,
             "rows_read": samples.counts["read"],
+            "weight": self.source.weight,
             "asked": self.source.max_samples,
             "valid": len(chosen),
             "left_out": why,

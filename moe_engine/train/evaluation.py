@@ -24,6 +24,7 @@ def held_out_batches(
         data_rank=mesh.data.rank,
         data_size=mesh.data.size,
         document_mask=run.data.document_mask,
+        packing=run.data.packing,
         limit=run.train.eval_batches * run.train.accumulation,
     ):
         heartbeat()
