@@ -4,6 +4,8 @@
 python tools/prepare_data.py --input book.txt notes/ --out data/mine
 python tools/prepare_data.py --domain web=web.jsonl.gz --domain code=src/ --tokenizer tokenizer.model --out data/mix
 python tools/prepare_data.py --stdlib --out data/python
+python tools/prepare_data.py samples --input alpaca.json --tokenizer FOLDER --out data/sft      rows, with masks
+python tools/prepare_data.py preview --input alpaca.json --tokenizer FOLDER                     rows, shown
 """
 
 import argparse
@@ -19,6 +21,7 @@ from moe_engine.errors import ConfigError, EngineError
 from moe_engine.host.console import failed, run_program
 from moe_engine.prepare.pipeline import PrepareOptions, prepare, stdlib_sources
 from moe_engine.text import printable
+from tools import samples
 
 SHOWN = 8  # endings, or files met again
 
@@ -88,6 +91,8 @@ def notes_on(domain: dict[str, Any]) -> Iterator[str]:
 def main(argv: list[str]) -> int:
     """Exit code: 0, 65 for data that cannot be used, 78 for arguments that cannot work."""
     try:
+        if argv[:1] in (["samples"], ["preview"]):
+            return samples.main(argv)
         args = parse(argv)
         options = PrepareOptions(
             args.text_key, args.per, args.add_bos, args.eval_fraction, args.on_bad_row, args.shard_tokens

@@ -3,6 +3,7 @@
 from moe_engine.config import Run
 from moe_engine.data.loader import Loader, OpenDomain, open_domains
 from moe_engine.data.mixture import Epochs
+from moe_engine.data.packing import PackedOrder
 
 
 def open_corpus(run: Run) -> tuple[list[OpenDomain], list[OpenDomain]]:
@@ -27,6 +28,18 @@ def loader_of(run: Run, domains: list[OpenDomain], data_rank: int = 0) -> Loader
         packing=run.data.packing,
         epochs=run.train.epochs > 0,
     )
+
+
+def packing_lines(loader: Loader) -> list[str]:
+    """How samples fill the sequences of a run, a line a domain."""
+    lines = []
+    for name, order in zip(loader.domains, loader.orders):
+        if isinstance(order, PackedOrder):
+            room = order.per_epoch * order.seq_length
+            cut = f"; {order.cut:,} longer samples are cut" if order.cut else ""
+            filled = f"{order.samples:,} samples in {order.per_epoch:,} sequences of {order.seq_length}"
+            lines.append(f"packing     {name}: {filled}, {100 * (1 - order.inputs / room):.1f} % padding{cut}")
+    return lines
 
 
 def with_epochs(run: Run, loader: Loader) -> Run:

@@ -1,16 +1,15 @@
 """The loss on held-out text."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from moe_engine.config import Run
 from moe_engine.data.loader import Batch, OpenDomain, eval_batches
-from moe_engine.labels import IGNORE
-from moe_engine.parallel.collectives import sum_
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.train.engine import Engine
+from moe_engine.train.tally import Tally
+from moe_engine.train.terms import LanguageModelLoss, Measure
 
 
 def held_out_batches(
@@ -33,22 +32,30 @@ def held_out_batches(
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, mesh: Mesh, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False
-) -> float | None:
-    """Mean loss per labelled token over held-out batches of all data ranks, in nats; None if `stop` cuts it short.
+    engine: Engine,
+    mesh: Mesh,
+    batches: Iterable[Batch],
+    stop: Callable[[], bool] = lambda: False,
+    domains: Sequence[str] = (),
+) -> dict[str, float] | None:
+    """Mean loss per labelled token over held-out batches of all data ranks, in nats: "loss", and "domain_loss/NAME" of
+    each domain that `Batch.domain_B` indexes where there are several. None if `stop` cuts it short.
 
     stop: asked before each batch, with the same answer on all ranks.
     """
     engine.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    stopped = False
+    term, tally = LanguageModelLoss(domains if len(domains) > 1 else ()), Tally()
+    stopped = True
     for batch in batches:
         if stopped := stop():
             break
-        loss_T = engine.forward(batch.tokens_BS, batch.positions_BS, batch.labels_BS).loss_T
-        total += torch.stack([loss_T.double().sum(), (batch.labels_BS != IGNORE).sum().double()])
+        output = engine.forward(batch.tokens_BS, batch.positions_BS, batch.labels_BS)
+        measures = term.measures(batch, output)
+        tally.add({"loss": Measure(term.total(batch, output, None), term.count(batch)), **measures})
     engine.train()
-    loss, tokens = sum_(total, mesh.data).tolist()
     if stopped:
         return None
-    return loss / tokens if tokens else math.nan
+    tally.reduce(mesh.data)
+    found = {name: float(value) for name, value in tally.values().items()}
+    del found["labelled_tokens"]
+    return found

@@ -11,7 +11,7 @@ from functools import partial
 from moe_engine.errors import Preempted
 from moe_engine.train.begin import begin
 from moe_engine.train.evaluation import evaluate, held_out_batches
-from moe_engine.train.metrics import Metrics
+from moe_engine.train.metrics import Metrics, nested
 from moe_engine.train.saving import Saving
 from moe_engine.train.schedule import learning_rate
 from moe_engine.train.session import Session
@@ -58,9 +58,10 @@ def fit(session: Session) -> None:
             raise too_many_skipped(step, report.skipped)
         if held_out and (last or step % run.train.eval_every == 0):
             text = held_out_batches(run, mesh, held_out, device, partial(heartbeat, step, "evaluating"))
-            loss = evaluate(engine, mesh, text, partial(told_to_stop, requests, mesh.world))
-            if loss is not None:
-                log.eval({"step": step, "loss": loss})
+            names = [domain.name for domain in held_out]
+            found = evaluate(engine, mesh, text, partial(told_to_stop, requests, mesh.world), names)
+            if found is not None:
+                log.eval({"step": step, **nested(found)})
         asked = asked_of_any(requests, mesh.world)
         heartbeat(step, "saving")
         saving.after_step(step, tokens, asked, last)

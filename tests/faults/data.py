@@ -63,8 +63,9 @@ def blanked(arena: Arena, ranks: int, accumulation: int, all_blank: bool, zero: 
         blank = [batch._replace(labels_BS=torch.full_like(batch.labels_BS, -100)) for batch in good]
         spoiled = blank if all_blank else [blank[0], *good[1:]]
         engine, fresh = (make_engine(transformer_of(run, mesh), run, mesh) for _ in range(2))
-        wanted = evaluate(engine, mesh, spoiled[rank::ranks])
-        assert wanted is not None
+        evaluated = evaluate(engine, mesh, spoiled[rank::ranks])
+        assert evaluated is not None
+        wanted = evaluated["loss"]
         terms = pretraining_terms(run.model)
         report = train_step(engine, terms, mesh, spoiled[rank::ranks], 1e-2)
         loss = float(report.measures["lm_loss"])

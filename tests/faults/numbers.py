@@ -259,7 +259,7 @@ def truth_of(run: Run, load: Load, whole: Batch) -> dict[str, Tensor]:
         layer.ffn = LoopedExperts(layer.ffn, run.parallel.tp)
     size = len(whole.tokens_BS) // run.data_ranks
     for i in range(run.data_ranks):
-        tokens_BS, labels_BS, positions_BS, _ = (field[i * size : (i + 1) * size] for field in whole)
+        tokens_BS, labels_BS, positions_BS, *_ = (field[i * size : (i + 1) * size] for field in whole)
         loss_T = transformer(tokens_BS, positions_BS, labels_BS).loss_T
         (loss_T.sum() / whole.labels_BS.numel()).backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in transformer.named_parameters()}

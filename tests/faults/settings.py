@@ -214,12 +214,13 @@ def remedies_of(line: str) -> list[dict[str, Any]]:
 
 # --- E2
 
-VERDICT = {"model": "fatal", "optimizer": "warn", "train": "warn", "data": "warn", "parallel": "allowed"}
+VERDICT = {"model": "fatal", **dict.fromkeys(("optimizer", "train", "data"), "warn")}
+VERDICT |= dict.fromkeys(("parallel", "samples"), "allowed")
 ALLOWED = {  # in spite of their sections: where things lie, how often they are done, what costs time or memory alone
     *("data.tokenizer", "data.domains.path", "train.out", "train.resume", "train.save_every", "train.async_save"),
     *("train.keep_last", "train.keep_every", "train.on_save_error", "train.step_timeout", "train.recompute"),
     *("train.eval_every", "train.eval_batches", "train.log_every", "train.init_from", "train.export_hf"),
-    *("train.hf_version", "data.allow_other_tokenizer"),
+    *("train.hf_version", "data.allow_other_tokenizer", "data.packing"),
 }
 WARNED = {  # of the model, what weighs in training alone
     *("model.router_aux_loss", "model.router_aux_loss_coef", "model.router_z_loss_coef", "model.router_jitter_noise"),
@@ -283,6 +284,11 @@ def changed(run: Run, section: str, key: str, rest: list[str]) -> Any:
         "hf_version": 4,
         "capacity_factor": 1.25,
         "tokenizer": "bytes",
+        "files": ("rows.json",),
+        "mixture": "mixture.yaml",
+        "format": "alpaca",
+        "columns": (("prompt", "question"),),
+        **dict.fromkeys(("max_prompt", "max_response", "max_samples"), 7),
     }
     match value:
         case _ if key in others:

@@ -218,23 +218,28 @@ def test_expert_bias_moves_once_per_step_towards_the_mean():
 
 
 def test_evaluate_is_the_mean_over_all_tokens():
+    """Also of each domain."""
     run = run_of(2, 2, 1, model={"router_jitter_noise": 0.3})
     model = transformer_of(run, Mesh()).eval()
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, 2, dtype=torch.float64)  # domain; loss, labels
     for step in (5, 6):
         batch = global_batch(step)
-        loss_T = model(batch.tokens_BS, batch.positions_BS, batch.labels_BS).loss_T
-        total += torch.stack([loss_T.double().sum(), (batch.labels_BS != -100).sum().double()])
+        loss_BS = model(batch.tokens_BS, batch.positions_BS, batch.labels_BS).loss_T.double().view_as(batch.tokens_BS)
+        rows = torch.stack([loss_BS.sum(1), (batch.labels_BS != -100).sum(1).double()], 1)
+        total.index_add_(0, batch.domain_B, rows)
 
-    def on_rank(rank: int) -> tuple[float, bool, bool]:
+    def on_rank(rank: int) -> tuple[dict[str, float], bool, bool]:
         mesh = build_mesh(2, 2, 1)
         engine = engine_of(run, mesh)
         before = parameters_of(engine)
-        loss = evaluate(engine, mesh, (batch for step in (5, 6) for batch in my_batches(run, mesh, step)))
-        return loss, engine.routers[0].training, all(torch.equal(p, before[n]) for p, n in engine.names.items())
+        found = evaluate(engine, mesh, (b for step in (5, 6) for b in my_batches(run, mesh, step)), domains=["a", "b"])
+        assert found is not None
+        return found, engine.routers[0].training, all(torch.equal(p, before[n]) for p, n in engine.names.items())
 
-    for loss, training, untouched in run_on_ranks(on_rank, 4):
-        assert loss == pytest.approx(float(total[0] / total[1]), rel=1e-6)
+    mean = total.sum(0)
+    wanted = [float(loss / labels) for loss, labels in (mean, *total)]
+    for found, training, untouched in run_on_ranks(on_rank, 4):
+        assert found == pytest.approx(dict(zip(["loss", "domain_loss/a", "domain_loss/b"], wanted)), rel=1e-6)
         assert training and untouched
 
 
