@@ -23,6 +23,7 @@ from types import ModuleType
 
 import pytest
 
+from launch.finetune_moe import ALIASES, SETTINGS
 from moe_engine.config.command_line import build_parser
 from moe_engine.config.messages import KEYS
 from moe_engine.errors import EngineError
@@ -51,10 +52,10 @@ def commands(text: str) -> list[list[str]]:
 
 
 @cache
-def help_of(script: str) -> str:
-    """What `python SCRIPT --help` prints."""
+def help_of(script: str, *words: str) -> str:
+    """What `python SCRIPT WORDS --help` prints."""
     page, arguments = io.StringIO(), sys.argv
-    sys.argv = [script, "--help"]
+    sys.argv = [script, *words, "--help"]
     try:
         with contextlib.redirect_stdout(page), pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -75,8 +76,14 @@ def torchrun_flags() -> set[str]:
 def known_flags() -> set[str]:
     """The flags of the launcher, of every tool, of the fault battery and of torchrun."""
     programs = ["tests/faults/__main__.py", *(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py"))]
-    pages = [build_parser().format_help(), *map(help_of, programs)]
-    return FOREIGN_FLAGS | torchrun_flags() | {flag for page in pages for flag in re.findall(r"--[a-z][\w-]*", page)}
+    pages = [build_parser().format_help(), *map(help_of, programs), help_of("tools/prepare_data.py", "samples")]
+    return (
+        FOREIGN_FLAGS
+        | ALIASES.keys()
+        | SETTINGS.keys()
+        | torchrun_flags()
+        | {flag for page in pages for flag in re.findall(r"--[a-z][\w-]*", page)}
+    )
 
 
 def exists(path: str) -> bool:

@@ -21,7 +21,7 @@ from moe_engine.errors import ConfigError, EngineError
 from moe_engine.host.console import failed, run_program
 from moe_engine.prepare.pipeline import PrepareOptions, prepare, stdlib_sources
 from moe_engine.text import printable
-from tools import samples
+from tools.data import samples
 
 SHOWN = 8  # endings, or files met again
 
