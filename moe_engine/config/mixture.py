@@ -52,7 +52,7 @@ def read_mixture(path: str) -> Mixture:
     problems += [unknown_key(key, SECTIONS, f" ({path})") for key in content if key not in SECTIONS]
     processing = content.get("processing") or {}
     problems += [
-        unknown_key(f"processing.{key}", PROCESSING, f" ({path})") for key in processing if key not in PROCESSING
+        unknown_key(key, PROCESSING, f" of processing ({path})") for key in processing if key not in PROCESSING
     ]
     sources: dict[str, Source] = {}
     for number, given in enumerate(content.get("datasets") or [], 1):
