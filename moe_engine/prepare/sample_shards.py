@@ -89,15 +89,15 @@ def prepare_samples(
     out, options = Path(out), options or SampleOptions()
     _check(options)
     model = load_tokenizer(tokenizer)
-    template = _template(model.spec, options.template)
+    template = Template(model, options.template)
     sources = {name: [source_of(file) for file in files_of(source.paths)] for name, source in domains.items()}
     asked = {name: {**asdict(source), "paths": []} for name, source in domains.items()}
     key = key_of(sources, [model.fingerprint, template.source], asdict(options), asked)
     if (manifest := existing(out, key, overwrite)) is not None:
         return manifest
     total = sum(source["bytes"] for found in sources.values() for source in found)
-    make = partial(_make, model.spec, options)
     count = worker_count(workers, total * 8, model)  # rendering costs several times what splitting text does
+    make = partial(_make_in_worker, model.spec, options) if count > 1 else partial(_make, template, options)
     with atomic_folder(out) as folder, Progress(total, quiet) as progress:
         entries = {}
         for name, source in domains.items():
@@ -145,9 +145,12 @@ def _groups(samples: Samples) -> Iterator[list[Sample | BadRow]]:
         yield group
 
 
-def _make(tokenizer: str, options: SampleOptions, group: list[Sample | BadRow]) -> Made:
+def _make_in_worker(tokenizer: str, options: SampleOptions, group: list[Sample | BadRow]) -> Made:
+    return _make(_template(tokenizer, options.template), options, group)
+
+
+def _make(template: Template, options: SampleOptions, group: list[Sample | BadRow]) -> Made:
     """The samples of a group as tokens; one with nothing to train in either half is dropped."""
-    template = _template(tokenizer, options.template)
     limits = Limits(options.max_length, options.max_prompt, options.max_response)
     made = Made([], [], Counter())
     for sample in group:
