@@ -25,10 +25,10 @@ class Done(NamedTuple):
     seconds: float
 
 
-def run(*arguments: str | Path, ranks: int = 0, timeout: float = 120) -> Done:
+def run(*arguments: str | Path, ranks: int = 0, timeout: float = 120, script: str = SCRIPT) -> Done:
     """`python launch/pretrain_moe.py ...`, or under torchrun; fails if a process of its session outlives it."""
     start = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks else []
-    command = [sys.executable, *start, SCRIPT, *map(str, arguments)]
+    command = [sys.executable, *start, script, *map(str, arguments)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     began = time.monotonic()

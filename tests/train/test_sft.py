@@ -122,3 +122,28 @@ def test_every_layout_takes_the_same_step(
     assert row["lm_loss"] == pytest.approx(loss, rel=1e-5) and row["grad_norm"] == pytest.approx(norm, rel=1e-5)
     (evaluated,) = read_rows(tmp_path / "eval.jsonl")
     assert 0 < evaluated["loss"] < 20
+
+
+def test_goes_on_in_the_middle_of_an_epoch_on_another_layout(hf: Path, samples: Path, tmp_path: Path) -> None:
+    """The same losses as a run that nothing stopped."""
+    small = {"global_batch": 4, "epochs": 2, "micro_batch": 1, "eval_every": 0}
+
+    def trained(out: Path, layout: Layout, **changes: Any) -> None:
+        def on_rank(rank: int) -> None:
+            accumulation = 4 // (layout[0] * layout[1])
+            run = run_on(hf, samples, out, layout, accumulation=accumulation, **small | changes)
+            flat = run.optimizer.model_copy(update={"lr": 1e-3, "min_lr": 1e-3, "warmup_steps": 0})
+            session = session_of(run.model_copy(update={"optimizer": flat}), build_mesh(*layout))
+            run = with_epochs(session.run, session.loader)
+            train = run.train.model_copy(update={key: changes[key] for key in ("steps",) if key in changes})
+            fit(session._replace(run=run.model_copy(update={"train": train})))
+            session.log.close()
+
+        run_on_ranks(on_rank, layout[0] * layout[1] * layout[2])
+
+    trained(tmp_path / "straight", (1, 2, 1))
+    trained(tmp_path / "parts", (1, 2, 1), steps=4)
+    trained(tmp_path / "parts", (2, 1, 2), resume="auto")
+    wanted, found = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("straight", "parts"))
+    assert len(wanted) == len(found) > 8
+    assert [row["lm_loss"] for row in found] == pytest.approx([row["lm_loss"] for row in wanted], rel=1e-5)
