@@ -29,6 +29,7 @@ ALIASES = {
     "--learning-rate": "--lr",
     "--max-seq-length": "--seq-length",
     "--max-target-length": "--max-response",
+    "--routing-loss-weight": "--routing-weight",
 }  # names that other trainers have (S1.13 to S1.17); --grad-accum becomes --set train.accumulation
 SETTINGS = {"--grad-accum": "train.accumulation", "--gradient-accumulation-steps": "train.accumulation"}
 
@@ -69,6 +70,8 @@ def own_flags(argv: list[str]) -> list[str]:
         flag = flag.replace("_", "-") if flag.startswith("--") else flag
         if flag in SETTINGS:
             ours += ["--set", f"{SETTINGS[flag]}={value if equals else next(words, '')}"]
+        elif flag == "--disable-routing":
+            ours += ["--routing-weight", "0"]
         elif flag in ALIASES:
             ours += [f"{ALIASES[flag]}{equals}{value}"]
         else:

@@ -13,3 +13,19 @@ Placement, in docstrings: `x[T/tp, D]` is cut along tp; `y[T, D]{tp}` is a parti
 """
 
 __version__ = "0.1.0"
+
+SUPERVISION = {
+    "ExpertLabelEmbedding": "model.supervision",
+    "compute_routing_supervision_loss": "model.supervision",
+    "get_expert_utilization_stats": "model.supervision",
+    "SupervisedMoEWrapper": "train.supervised_wrapper",
+}
+
+
+def __getattr__(name: str) -> object:
+    """The names of supervised routing (S1.24), imported when they are asked for: they need torch."""
+    if name in SUPERVISION:
+        from importlib import import_module
+
+        return getattr(import_module(f"moe_engine.{SUPERVISION[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,3 +1,4 @@
-"""Labels of tokens."""
+"""Labels of tokens, and the weights that labels train."""
 
 IGNORE = -100  # of a token that is not counted: Hugging Face's and PyTorch's convention
+LABEL_EMBEDDING = "label_embedding"  # of supervised routing: trained and saved with a model, never exported

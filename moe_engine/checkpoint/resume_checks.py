@@ -41,7 +41,7 @@ def setting_changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     Both are `Run`s as JSON. A key that one of them does not know, being of another version, is passed over.
     """
     lines, refused = [], []
-    for section in ("model", "optimizer", "train", "data"):
+    for section in ("model", "optimizer", "train", "data", "supervision"):
         for key, was, here in _differ(saved, now, section):
             about = setting_of(section, key)
             why = f"; {about.consequence}" if about.consequence else ""

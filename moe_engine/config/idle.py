@@ -110,3 +110,13 @@ def no_samples(run: Run) -> str | None:
 def no_mixture(run: Run) -> str | None:
     """Of the parts of a mixture, where there is none."""
     return None if run.samples.mixture else "samples.mixture names no file"
+
+
+def no_supervision(run: Run) -> str | None:
+    """Of how routers are taught, where they are not."""
+    return None if run.supervision.routing_weight else "supervision.routing_weight is 0"
+
+
+def map_not_read(run: Run) -> str | None:
+    """Of a map of labels to experts, where the target is another."""
+    return None if run.supervision.target == "fixed" else f"supervision.target is {run.supervision.target}"

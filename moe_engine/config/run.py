@@ -29,6 +29,7 @@ from moe_engine.config.section import (
     setting,
     short_dtype,
 )
+from moe_engine.config.supervision import Supervision
 
 
 class Parallel(Section):
@@ -320,6 +321,7 @@ class Run(Section):
     optimizer: Optimizer = Optimizer()
     data: Data = Data()
     samples: Samples = Samples()
+    supervision: Supervision = Supervision()
     train: Train = Train()
 
     @property

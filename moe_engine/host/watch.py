@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from moe_engine.host.console import print_error
 
+Heartbeat = Callable[[int, str], None]  # (step, what it does): this rank is alive
 CODE = 70
 ENGINE = str(Path(__file__).resolve().parents[1])
 

@@ -9,7 +9,7 @@ element i of parameter p is a function of splitmix64(key(seed, p) + i), so a ran
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,8 @@ CHUNK = 1 << 18  # elements drawn at a time: the scratch of int64 stays in cache
 
 @dataclass(frozen=True)
 class WeightNote:
-    """shape: of the whole weight.  cut: dimension -> axis.  std: of its normal start; None: it starts at `fill`.
+    """shape: of the whole weight.  cut: dimension -> axis.  std: of its normal start; bound: of an even start within
+    +-bound; with neither it starts at `fill`.
 
     expert: the weight is owned by one rank of the ep axis, so that its gradient is reduced over dp, not over data.
     """
@@ -32,6 +33,7 @@ class WeightNote:
     cut: Mapping[int, Axis] = field(default_factory=dict)
     std: float | None = None
     fill: float = 0.0
+    bound: float | None = None
 
     @property
     def expert(self) -> bool:
@@ -49,10 +51,15 @@ class WeightNote:
 
 
 def weight(
-    shape: tuple[int, ...], *, cut: Mapping[int, Axis] | None = None, std: float | None = None, fill: float = 0.0
+    shape: tuple[int, ...],
+    *,
+    cut: Mapping[int, Axis] | None = None,
+    std: float | None = None,
+    fill: float = 0.0,
+    bound: float | None = None,
 ) -> nn.Parameter:
     """A parameter holding this rank's part of a weight of `shape`; values come later, from `initialise`."""
-    note = WeightNote(shape, cut or {}, std, fill)
+    note = WeightNote(shape, cut or {}, std, fill, bound)
     parameter = nn.Parameter(torch.empty([s.stop - s.start for s in note.local_slices()]))
     setattr(parameter, "note", note)  # noqa: B010 (a Parameter has no declared field for it)
     return parameter
@@ -68,11 +75,14 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Fill every parameter from (seed, name, global place); a tied parameter is filled once, under its first name."""
     for name, parameter in model.named_parameters():
         note = note_of(parameter)
-        if note.std is None:
-            parameter.fill_(note.fill)
-        else:
+        if note.bound is not None:
+            draw_(parameter, note, key_of(seed, name), _even)
+            parameter.mul_(note.bound)
+        elif note.std is not None:
             draw_normal_(parameter, note, key_of(seed, name))
             parameter.mul_(note.std)
+        else:
+            parameter.fill_(note.fill)
 
 
 def key_of(seed: int, name: str) -> int:
@@ -81,7 +91,12 @@ def key_of(seed: int, name: str) -> int:
 
 
 def draw_normal_(out: Tensor, note: WeightNote, key: int) -> None:
-    """Standard normal values of this rank's part of the whole tensor, written into `out` CHUNK elements at a time."""
+    """Standard normal values of this rank's part of the whole tensor, written into `out`."""
+    draw_(out, note, key, _normal)
+
+
+def draw_(out: Tensor, note: WeightNote, key: int, values: Callable[[Tensor, int], Tensor]) -> None:
+    """values(index, key) of the elements of this rank's part, by their places in the whole tensor, CHUNK at a time."""
     strides = [math.prod(note.shape[d + 1 :]) for d in range(len(note.shape))]
     places = [torch.arange(s.start, s.stop, device=out.device) * strides[d] for d, s in enumerate(note.local_slices())]
     first = torch.zeros(1, dtype=torch.int64, device=out.device)  # the number of each row's first element
@@ -91,7 +106,13 @@ def draw_normal_(out: Tensor, note: WeightNote, key: int) -> None:
     rows = max(1, CHUNK // row.numel())
     for start in range(0, len(first), rows):
         index = first[start : start + rows].unsqueeze(1) + row
-        table[start : start + rows].copy_(_normal(index, key))
+        table[start : start + rows].copy_(values(index, key))
+
+
+def _even(index: Tensor, key: int) -> Tensor:
+    """Numbers within +-1, from the upper half of one 64-bit hash per element; int64 -> float32."""
+    word = mix64((index + key) * GAMMA)
+    return (((word >> 32) & 0xFFFFFFFF).double().add_(0.5).mul_(2.0**-31) - 1).float()
 
 
 def _normal(index: Tensor, key: int) -> Tensor:

@@ -16,12 +16,12 @@ from moe_engine.config import Run
 from moe_engine.data.loader import Loader
 from moe_engine.data.shards import TOKENIZER
 from moe_engine.errors import ConfigError, DataError
+from moe_engine.host.watch import Heartbeat
 from moe_engine.log.logger import Logger
 from moe_engine.parallel.agree import act_together
 from moe_engine.parallel.collectives import gather_bytes
 from moe_engine.parallel.mesh import Axis, Mesh
 from moe_engine.train.engine import Engine
-from moe_engine.train.session import Heartbeat
 from moe_engine.train.state import load_state, load_weights
 
 

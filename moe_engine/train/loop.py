@@ -46,6 +46,8 @@ def fit(session: Session) -> None:
         began, last = time.perf_counter(), step == run.train.steps
         batches = [batch.to(device) for batch in loader.next_step()]
         lr = learning_rate(step - 1, run.train.steps, run.optimizer)
+        for term in terms:
+            term.at(step - 1)
         tally = accumulate(engine, terms, mesh, batches)
         report = finish(engine, terms, mesh, batches, tally, lr, run.model.expert_bias_update_rate)
         tokens += metrics.tokens
@@ -67,5 +69,6 @@ def fit(session: Session) -> None:
         saving.after_step(step, tokens, asked, last)
         if asked.stop and not last:
             raise Preempted(f"told to stop: step {step} is saved, --resume auto goes on from there")
+    log.info(*(line for term in terms for line in term.report()))
     waited = saver.stalled / max(time.perf_counter() - first_began, 1e-9)
     log.info(f"training waited for checkpoints in {100 * waited:.1f} % of the time")

@@ -29,12 +29,13 @@ def objective(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What one micro-batch adds to the objective, a scalar, and the total of each term by name, detached.
 
-    A count of 0, such as a global batch without labels, makes it nan, which skips the step.
+    A count of 0, such as a global batch without labels, makes it nan, which skips the step; of a term that may be
+    without labels (`optional`) it adds nothing.
     """
     loss, totals = output.loss_T.new_zeros(()), {}
     for term, count in zip(terms, counts, strict=True):
         total = term.total(batch, output, load)
         totals[term.name] = total.detach()
         if term.coefficient:
-            loss = loss + term.coefficient * (total / count)
+            loss = loss + term.coefficient * (total / (max(count, 1) if term.optional else count))
     return loss, totals

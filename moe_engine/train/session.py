@@ -3,7 +3,6 @@
 `fit` (loop.py) puts the parts to work; nothing else takes them all.
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +15,14 @@ from moe_engine.data.corpus import loader_of
 from moe_engine.data.loader import Loader, OpenDomain
 from moe_engine.host.memory import keep_freed_memory
 from moe_engine.host.signals import Requests
+from moe_engine.host.watch import Heartbeat
 from moe_engine.log.logger import Logger
 from moe_engine.model.transformer import Transformer
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import initialise, key_of
 from moe_engine.train.engine import Engine, OneRank
+from moe_engine.train.supervision import supervision_terms
 from moe_engine.train.terms import Term, pretraining_terms
-
-Heartbeat = Callable[[int, str], None]  # (step, what it does): this rank is alive, see host/watch.py
 
 
 class Session(NamedTuple):
@@ -70,7 +69,8 @@ def build(
         background=run.train.async_save,
         heartbeat=partial(heartbeat, 0, "writing a checkpoint"),
     )
-    engine, terms = make_engine(model, run, mesh), pretraining_terms(run.model, loader.domains)
+    taught = supervision_terms(run, model, loader.expert_labels, loader.domains, mesh.tp)
+    engine, terms = make_engine(model, run, mesh), (*pretraining_terms(run.model, loader.domains), *taught)
     requests = requests or Requests()
     return Session(run, mesh, device, engine, terms, loader, held_out, saver, log, requests, heartbeat)
 

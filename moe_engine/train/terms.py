@@ -31,7 +31,15 @@ class Term:
 
     name: str
     coefficient: float = 1.0
+    optional = False  # a global batch may have nothing for it
     needs_load = False  # `total` is given the load of the whole global batch
+
+    def at(self, step: int) -> None:
+        """Called before each step, from 0, with its number: a coefficient may follow it."""
+
+    def report(self) -> list[str]:
+        """Lines that the log ends with."""
+        return []
 
     def count(self, batch: Batch) -> Tensor:
         """This micro-batch's share of the divisor, a scalar on the batch's device; before any forward pass."""

@@ -214,7 +214,7 @@ def remedies_of(line: str) -> list[dict[str, Any]]:
 
 # --- E2
 
-VERDICT = {"model": "fatal", **dict.fromkeys(("optimizer", "train", "data"), "warn")}
+VERDICT = {"model": "fatal", **dict.fromkeys(("optimizer", "train", "data", "supervision"), "warn")}
 VERDICT |= dict.fromkeys(("parallel", "samples"), "allowed")
 ALLOWED = {  # in spite of their sections: where things lie, how often they are done, what costs time or memory alone
     *("data.tokenizer", "data.domains.path", "train.out", "train.resume", "train.save_every", "train.async_save"),
@@ -285,6 +285,9 @@ def changed(run: Run, section: str, key: str, rest: list[str]) -> Any:
         "capacity_factor": 1.25,
         "tokenizer": "bytes",
         "files": ("rows.json",),
+        "labels": ("a",),
+        "unknown_label_as": "a",
+        "map": "map.yaml",
         "mixture": "mixture.yaml",
         "format": "alpaca",
         "columns": (("prompt", "question"),),
