@@ -31,6 +31,7 @@ ALIASES = {
     "--max-target-length": "--max-response",
     "--routing-loss-weight": "--routing-weight",
 }  # names that other trainers have (S1.13 to S1.17); --grad-accum becomes --set train.accumulation
+SWITCHES = {"--disable-routing": ["--routing-weight", "0"]}
 SETTINGS = {"--grad-accum": "train.accumulation", "--gradient-accumulation-steps": "train.accumulation"}
 
 
@@ -70,8 +71,8 @@ def own_flags(argv: list[str]) -> list[str]:
         flag = flag.replace("_", "-") if flag.startswith("--") else flag
         if flag in SETTINGS:
             ours += ["--set", f"{SETTINGS[flag]}={value if equals else next(words, '')}"]
-        elif flag == "--disable-routing":
-            ours += ["--routing-weight", "0"]
+        elif flag in SWITCHES:
+            ours += SWITCHES[flag]
         elif flag in ALIASES:
             ours += [f"{ALIASES[flag]}{equals}{value}"]
         else:
