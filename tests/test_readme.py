@@ -23,7 +23,7 @@ from types import ModuleType
 
 import pytest
 
-from launch.finetune_moe import ALIASES, SETTINGS
+from launch.finetune_moe import ALIASES, SETTINGS, SWITCHES
 from moe_engine.config.command_line import build_parser
 from moe_engine.config.messages import KEYS
 from moe_engine.errors import EngineError
@@ -79,8 +79,7 @@ def known_flags() -> set[str]:
     pages = [build_parser().format_help(), *map(help_of, programs), help_of("tools/prepare_data.py", "samples")]
     return (
         FOREIGN_FLAGS
-        | ALIASES.keys()
-        | SETTINGS.keys()
+        | {*ALIASES, *SETTINGS, *SWITCHES}
         | torchrun_flags()
         | {flag for page in pages for flag in re.findall(r"--[a-z][\w-]*", page)}
     )
