@@ -10,7 +10,9 @@ from moe_engine.config.idle import (
     counted_by_epochs,
     no_eval_batches,
     no_eval_steps,
+    no_experts,
     no_export,
+    no_router,
     nothing_held_out,
     prepared,
     saved_at_the_end,
@@ -91,6 +93,10 @@ class Optimizer(Section):
     )
     eps: Positive = setting(1e-8, "added to the square root in the denominator")
     weight_decay: NonNegative = setting(0.1, "applies to matrices, embeddings included, not to norms")
+    router_lr_factor: Positive = setting(
+        1.0, "times `lr`, for routers and the label embedding of supervised routing", idle=(no_router,)
+    )
+    expert_lr_factor: Positive = setting(1.0, "times `lr`, for experts", idle=(no_experts,))
     clip_grad: NonNegative = setting(1.0, "largest global gradient norm; 0: no clipping")
 
     @model_validator(mode="after")

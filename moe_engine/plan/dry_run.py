@@ -59,6 +59,8 @@ def corpus_lines(run: Run, state: dict[str, Any] | None) -> list[str]:
 
     state: of the loader of the run that is resumed, if one is.
     """
+    if run.samples.given and not run.data.domains:
+        return sample_lines(run)
     if not run.data.domains:
         tokenizer = load_tokenizer(run.data.tokenizer)
         if run.model.vocab_size <= tokenizer.eos_id:
@@ -83,6 +85,29 @@ def corpus_lines(run: Run, state: dict[str, Any] | None) -> list[str]:
     ]
     tokens = f"{sum(domain.dataset.tokens for domain in held_out):,} tokens"
     return [*lines, f"held out    {tokens if run.evaluates else 'not read: no evaluation'}"]
+
+
+def sample_lines(run: Run) -> list[str]:
+    """The sources of the samples that the run would prepare; formats, template and tokenizer are tried."""
+    from moe_engine.plan.tokenizers import tokenizer_of
+    from moe_engine.prepare.run_samples import described
+    from moe_engine.prepare.samples import read_samples
+    from moe_engine.prepare.template import Template
+
+    sources, options = described(run)
+    tokenizer = load_tokenizer(tokenizer_of(run))
+    template = Template(tokenizer, options.template)
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise DataError(
+            f"the tokenizer {tokenizer.spec} has {tokenizer.vocab_size} ids, model.vocab_size is "
+            f"{run.model.vocab_size}; give the model's tokenizer"
+        )
+    lines = [f"template    {template.name}, tokenizer {tokenizer.spec}"]
+    for name, source in sources.items():
+        found = read_samples(source.paths, source.format, source.columns).format
+        cap = "" if source.max_samples is None else f", {source.max_samples:,} samples at most"
+        lines.append(f"samples     {name}: {found} format, weight {source.weight:g}{cap}; prepared when the run starts")
+    return lines
 
 
 def parameter_lines(run: Run) -> list[str]:

@@ -99,13 +99,14 @@ def prepare_samples(
     count = worker_count(workers, total * 8, model)  # rendering costs several times what splitting text does
     make = partial(_make_in_worker, model.spec, options) if count > 1 else partial(_make, template, options)
     with atomic_folder(out) as folder, Progress(total, quiet) as progress:
-        entries = {}
+        entries, written = {}, []
         for name, source in domains.items():
             samples = read_samples(source.paths, source.format, source.columns)
             domain = _Domain(name, source, options, folder, progress)
             for _, made in in_order(make, _groups(samples), count):
                 domain.add(made)
             entries[name] = domain.write(folder, model, samples)
+            written.append(domain)
         manifest = {
             "key": key,
             "dtype": token_dtype(model.vocab_size).str,
@@ -118,6 +119,8 @@ def prepare_samples(
             "documents": sum(split["documents"] for entry in entries.values() for split in entry["splits"].values()),
             "domains": {name: {**entry, "sources": sources[name]} for name, entry in entries.items()},
         }
+        if model.bos_id is not None and all(domain.begins == {model.bos_id} for domain in written):
+            manifest["tokenizer"]["add_bos"] = True  # the template writes it
         manifest["tokenizer"] |= {"files": keep_tokenizer(folder / TOKENIZER, model), "notes": list(model.notes)}
         write_data_manifest(folder, manifest)
     return read_data_manifest(out)
@@ -187,12 +190,14 @@ class _Domain:
         self.kept: list[tuple[list[Rendered], str | None]] = []
         self.dropped: Counter[str] = Counter()
         self.bad = 0
+        self.begins: set[int] = set()  # the first tokens of samples
 
     def add(self, made: Made) -> None:
         """Take what a group gave."""
         report_bad(self.folder, self.name, made.bad, self.options.on_bad_row, self.progress)
         self.bad += sum(row.rows for row in made.bad)
         self.dropped += made.dropped
+        self.begins |= {int(half.ids[0]) for halves, _ in made.kept for half in halves}
         self.kept += [(halves, label or self.source.expert_label) for halves, label in made.kept]
         self.progress.advance(0, sum(len(half.ids) for halves, _ in made.kept for half in halves))
 

@@ -69,7 +69,7 @@ class DeepSpeedEngine(Engine):
         if self.flat is None:
             return super().step(lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         skipped_before = self.engine.skipped_steps
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)

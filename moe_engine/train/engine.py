@@ -17,11 +17,12 @@ import torch
 import torch._dynamo  # AdamW loads it; imported here, forked ranks inherit it
 from torch import Tensor, nn
 
-from moe_engine.config import Run
+from moe_engine.config import Optimizer, Run
+from moe_engine.labels import beside_the_model
 from moe_engine.model.moe import MoE
 from moe_engine.parallel.collectives import sum_
 from moe_engine.parallel.mesh import Mesh
-from moe_engine.parallel.weight import note_of
+from moe_engine.parallel.weight import WeightNote, note_of
 
 
 class StepOutcome(NamedTuple):
@@ -73,7 +74,7 @@ class Engine:
     def step(self, lr: float) -> StepOutcome:
         """Clip by the global norm and step at `lr`; skipped on all ranks alike when the norm is not finite."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         norm = self._gradient_norm()
         if not math.isfinite(norm):
             self.optimizer.zero_grad()
@@ -131,20 +132,29 @@ class Engine:
         """Release hooks and buffers; the weights stay."""
 
     def adamw(self, run: Run) -> torch.optim.AdamW:
-        """AdamW on the masters: matrices decay, vectors (norms) do not; experts are apart when ep > 1."""
-        kinds: dict[tuple[bool, bool], list[Tensor]] = {}
+        """AdamW on the masters: matrices decay, vectors (norms) do not; experts are apart when ep > 1, and so is what
+        learns at a rate of its own, `factor` times the run's."""
+        kinds: dict[tuple[bool, bool, float], list[Tensor]] = {}
         for parameter, master in self.masters.items():
-            note = note_of(parameter)
-            kinds.setdefault((note.expert and self.by_expert, len(note.shape) > 1), []).append(master)
+            note, factor = note_of(parameter), lr_factor(self.names[parameter], note_of(parameter), run.optimizer)
+            kinds.setdefault((note.expert and self.by_expert, len(note.shape) > 1, factor), []).append(master)
         groups = []
-        for (expert, decays), masters in kinds.items():
+        for (expert, decays, factor), masters in kinds.items():
             group = {"params": masters, "weight_decay": run.optimizer.weight_decay if decays else 0.0}
+            group |= {"factor": factor}
             name = f"ep_size_{self.mesh.ep.size}" if expert else f"dense_{'matrices' if decays else 'vectors'}"
             groups.append(group | {"name": name} | ({"moe": True} if expert else {}))
         settings = run.optimizer
         return torch.optim.AdamW(
             groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
         )
+
+
+def lr_factor(name: str, note: WeightNote, settings: Optimizer) -> float:
+    """What the learning rate of a weight is multiplied by."""
+    if name.endswith("router.weight") or beside_the_model(name):
+        return settings.router_lr_factor
+    return settings.expert_lr_factor if note.expert else 1.0
 
 
 class OneRank(Engine):

@@ -15,11 +15,12 @@ import torch
 
 import moe_engine
 from moe_engine.checkpoint.finite import nonfinite
-from moe_engine.checkpoint.hf.first_weights import beside, check_shapes
+from moe_engine.checkpoint.hf.first_weights import check_shapes
 from moe_engine.checkpoint.open import Checkpoint
 from moe_engine.checkpoint.pieces import Piece
 from moe_engine.checkpoint.save import Saver, Shard
 from moe_engine.checkpoint.source import Source
+from moe_engine.labels import beside_the_model
 from moe_engine.parallel.mesh import Mesh
 from moe_engine.parallel.weight import key_of, note_of
 from moe_engine.train.engine import Engine, OwnedSlice
@@ -109,7 +110,7 @@ def load_weights(engine: Engine, source: Source, heartbeat: Callable[[], None] =
     check_shapes(source, {name: tuple(note_of(p).shape) for name, p in by_name.items()})
     for owned in engine.owned():
         heartbeat()
-        if beside(owned.name) and owned.name not in source.shapes:
+        if beside_the_model(owned.name) and owned.name not in source.shapes:
             continue  # it starts as it was drawn
         source.fill("master", piece_of(owned, by_name[owned.name]), owned.master)
         if nonfinite(owned.master):

@@ -8,7 +8,7 @@ import pytest
 from launch.finetune_moe import own_flags
 from moe_engine.log.rows import read_rows
 from moe_engine.prepare.tokenizer.byte_files import files
-from tests.checkpoint.hf.small import save, theirs
+from tests.checkpoint.hf.small import save, tensors_of, theirs
 from tests.launch.test_pretrain_moe import Done, refused
 from tests.launch.test_pretrain_moe import run as run_script
 
@@ -62,6 +62,36 @@ def test_two_epochs_on_two_ranks(hf: Path, rows: Path, tmp_path: Path) -> None:
     assert found[-1]["lm_loss"] < found[0]["lm_loss"]
     (evaluated,) = read_rows(tmp_path / "run" / "eval.jsonl")
     assert evaluated["step"] == len(found)
+
+
+def test_a_dry_run_tries_the_sources(hf: Path, rows: Path, tmp_path: Path) -> None:
+    done = finetune(
+        *("--init-from", hf, "--files", rows, "--template", "instruction", "--seq-length", "64", "--dry-run"),
+        *("--max-samples", "9", "--out", tmp_path / "run"),
+    )
+    assert done.code == 0, done.err
+    assert "samples     samples: alpaca format, weight 1, 9 samples at most; prepared when the run starts" in done.out
+    assert done.out.endswith("ok\n") and not (tmp_path / "run").exists()
+
+
+def test_taught_routers_resume_and_export(hf: Path, tmp_path: Path) -> None:
+    """The label embedding goes along with checkpoints, onto another layout too, and not into exports."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    lines = [{"question": f"q{i}", "answer": f"a{i}", "expert_label": ("maths", "code")[i % 2]} for i in range(60)]
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    common = ("--init-from", hf, "--data-file", rows, "--template", "instruction", "--seq-length", "64", "--out", out)
+    settings = ("--routing-weight", "0.5", "--set", "train.save_every=2", "--set", "train.eval_every=0", "--lr", "1e-2")
+    first = finetune(*common, *settings, "--steps", "2", "--global-batch", "2", "--ep", "2", ranks=2)
+    assert first.code == 0, first.err
+    again = (*common, *settings, "--steps", "4", "--global-batch", "2", "--resume", "auto")
+    second = finetune(*again, "--export-hf", tmp_path / "exported")
+    assert second.code == 0, second.err
+    assert "what each label prefers: expert share, the first ones" in second.out and "  code: " in second.out
+    found = read_rows(out / "metrics.jsonl")
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    assert all(row["label_accuracy"].keys() <= {"code", "maths"} and len(row["routing_accuracy"]) == 3 for row in found)
+    names = tensors_of(tmp_path / "exported").keys()
+    assert names == tensors_of(hf).keys()
 
 
 def test_what_cannot_be_trained_on(hf: Path, rows: Path, tmp_path: Path) -> None:

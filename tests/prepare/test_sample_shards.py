@@ -144,5 +144,5 @@ def test_bos_comes_once(tmp_path: Path) -> None:
             bos = load_tokenizer(tokenizer).bos_id
             count = sum(int((dataset.read(i, 0, int(n)) == bos).sum()) for i, n in enumerate(dataset.lengths))
             begins = name == "with" or add_bos
-            assert (count == len(dataset)) == begins and manifest["tokenizer"]["add_bos"] == add_bos
+            assert (count == len(dataset)) == begins and manifest["tokenizer"]["add_bos"] == begins
             assert not begins or not np.any([dataset.trained(i, 1)[0] for i in range(len(dataset))])

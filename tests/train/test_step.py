@@ -275,3 +275,23 @@ def test_case_23_the_norm_of_a_gradient_of_millions_is_exact():
         parameter.grad = torch.randn(parameter.shape, generator=draw) * 1e-3
     truth = sum(float(p.grad.double().square().sum()) for p in engine.names if p.grad is not None) ** 0.5
     assert engine.step(0.0).grad_norm == pytest.approx(truth, rel=1e-7)
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 1)])
+def test_routers_and_experts_may_learn_at_rates_of_their_own(layout: tuple[int, int, int]):
+    """Adam's first step moves each weight by its rate, where its gradient is not small."""
+    run = run_of(*layout, zero=2 if layout != (1, 1, 1) else 0)
+    optimizer = run.optimizer.model_copy(update={"router_lr_factor": 4.0, "expert_lr_factor": 0.5, "weight_decay": 0.0})
+    run = run.model_copy(update={"optimizer": optimizer})
+
+    def on_rank(rank: int) -> dict[str, float]:
+        mesh = build_mesh(*layout)
+        engine = engine_of(run, mesh)
+        before = parameters_of(engine)
+        train_step(engine, pretraining_terms(run.model), mesh, my_batches(run, mesh, 0), 1e-3)
+        return {name: float((p.detach() - before[name]).abs().max()) for p, name in engine.names.items()}
+
+    for moved in run_on_ranks(on_rank, layout[0] * layout[1]):
+        for name, most in moved.items():
+            rate = 4e-3 if "router" in name else 5e-4 if ".experts." in name else 1e-3
+            assert most == pytest.approx(rate, rel=1e-2), name

@@ -14,7 +14,7 @@ from moe_engine.checkpoint.source import Source
 from moe_engine.config import Model
 from moe_engine.config.hf import differences
 from moe_engine.errors import ConfigError
-from moe_engine.labels import LABEL_EMBEDDING
+from moe_engine.labels import beside_the_model
 from moe_engine.parallel.agree import act_together
 from moe_engine.parallel.collectives import gather_bytes
 from moe_engine.parallel.mesh import Axis
@@ -40,7 +40,7 @@ def changes_of(source: HfFolder | Checkpoint, model: Model) -> list[str]:
 def check_shapes(source: Source, ours: Mapping[str, tuple[int, ...]]) -> None:
     """ConfigError, with the first of them, when weights of the run have other names or shapes than those at hand."""
     theirs = {name: tuple(shape) for name, shape in source.shapes.items()}
-    ours, theirs = ({name: s for name, s in found.items() if not beside(name)} for found in (ours, theirs))
+    ours, theirs = ({name: s for name, s in found.items() if not beside_the_model(name)} for found in (ours, theirs))
     names = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     if names:
         first = names[0]
@@ -48,11 +48,6 @@ def check_shapes(source: Source, ours: Mapping[str, tuple[int, ...]]) -> None:
             f"{source.folder}: {len(names)} weights are not those of the model, {first} for one is {theirs.get(first)} "
             f"there and {ours.get(first)} in the run; leave --model out to take the model of that folder"
         )
-
-
-def beside(name: str) -> bool:
-    """Whether a weight is trained with a model and is no part of it."""
-    return name.startswith(LABEL_EMBEDDING)
 
 
 def check_finite(source: HfFolder | Checkpoint, found: list[str], world: Axis) -> None:

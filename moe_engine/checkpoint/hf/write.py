@@ -34,6 +34,7 @@ from moe_engine.config.hf import FAMILIES, both_readers_agree, came_as, model_fr
 from moe_engine.config.hf.spelling import dtype_of
 from moe_engine.errors import ConfigError, DataError
 from moe_engine.host import disk
+from moe_engine.labels import beside_the_model
 
 SHARD_BYTES = 5 * 10**9  # as transformers
 
@@ -73,7 +74,8 @@ def write_hf(
     model_to_hf(model, target.family, None, target.version, {})  # refuses what the family cannot hold
     if target.version == 4 and target.layout == "fused":
         raise ConfigError("--expert-layout fused: transformers 4 reads experts one by one only; leave --hf-version out")
-    where = places(table[target.layout], source.shapes)
+    shapes = {name: shape for name, shape in source.shapes.items() if not beside_the_model(name)}
+    where = places(table[target.layout], shapes)
     entries = {
         name: Entry(target.dtype or source.dtype(place.weight, place.box), place.shape) for name, place in where.items()
     }
