@@ -49,7 +49,8 @@ class PackedOrder:
     """Random access to the endless sequence of windows of one domain, as order.TextOrder gives it for text.
 
     pack: False gives each sample a window of its own. A sample of more than seq_length + 1 tokens is cut at its end;
-    `cut` counts them. One without a label, all of it or what is left of it, is left out.
+    `cut` counts them. One without a label, all of it or what is left of it, is left out, and so is the rejected half of
+    a pair: it is no example to follow.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class PackedOrder:
         taken = np.minimum(dataset.lengths, seq_length + 1)
         self.cut = int((dataset.lengths > seq_length + 1).sum())
         order = permutation(len(dataset), stable_key(seed, name, "packing")) if shuffle else np.arange(len(dataset))
-        usable = [int(d) for d in order if taken[d] > 1 and dataset.trained(int(d), int(taken[d]))[1:].any()]
+        rejected = dataset.columns.get("rejected", np.zeros(len(dataset), np.int32))
+        order = order[(rejected[order] == 0) & (taken[order] > 1)]
+        usable = [int(d) for d in order if dataset.trained(int(d), int(taken[d]))[1:].any()]
         lengths = [int(taken[d]) - 1 for d in usable]
         places = best_fit(lengths, seq_length) if pack else [[i] for i in range(len(usable))]
         self.windows = [[usable[i] for i in sorted(window)] for window in places]

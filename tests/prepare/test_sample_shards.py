@@ -110,6 +110,11 @@ def test_pairs_are_neighbours(tmp_path: Path) -> None:
     for chosen, rejected in zip(found[::2], found[1::2]):
         assert chosen.partition("Response:\n")[0] == rejected.partition("Response:\n")[0]
         assert chosen.rpartition("\n")[2][1:] == rejected.rpartition("\n")[2][1:]
+    domains = open_domains([("d", str(tmp_path / "out"), 1.0)])
+    loader = Loader(domains, seed=0, seq_length=128, micro_batch=9, packing="none", epochs=True)
+    (batch,) = loader.next_step()
+    trained = {bytes(row[(row >= 0) & (row < 256)].tolist()).decode() for row in batch.labels_BS}
+    assert len(trained) == 9 and all(answer.startswith("c") for answer in trained)  # what was rejected is not followed
 
 
 def test_what_cannot_be_used(tmp_path: Path) -> None:
