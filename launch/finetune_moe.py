@@ -48,17 +48,13 @@ def main(argv: list[str]) -> int:
             raise ConfigError("--init-from: not given, expected the Hugging Face folder or checkpoint to fine-tune")
         if not only_printed(loaded, rank):
             with running(loaded, rank) as here:
-                from moe_engine.data.corpus import loader_of, open_corpus, packing_lines, with_epochs
+                from moe_engine.data.corpus import open_corpus
                 from moe_engine.train.loop import fit
                 from moe_engine.train.session import build
 
                 run = with_data(here)
-                train, held_out = open_corpus(run)
-                loader = loader_of(run, train)
-                run = with_epochs(run, loader)
-                here.log.info(*packing_lines(loader))
-                here.log.total_steps = run.train.steps
-                fit(build(run, here.mesh, here.device, train, held_out, here.log, here.requests, here.heartbeat))
+                text = open_corpus(run)
+                fit(build(run, here.mesh, here.device, *text, here.log, here.requests, here.heartbeat))
     return end.code
 
 

@@ -11,7 +11,7 @@ import torch
 
 from moe_engine.checkpoint.save import Saver
 from moe_engine.config import Run
-from moe_engine.data.corpus import loader_of
+from moe_engine.data.corpus import loader_of, packing_lines, with_epochs
 from moe_engine.data.loader import Loader, OpenDomain
 from moe_engine.host.memory import keep_freed_memory
 from moe_engine.host.signals import Requests
@@ -61,6 +61,9 @@ def build(
     # router jitter alone draws from it, for this rank's tokens
     torch.manual_seed(key_of(run.train.seed, f"noise of rank {mesh.world.rank}"))
     loader = loader_of(run, train, mesh.data.rank)
+    run = with_epochs(run, loader)
+    log.total_steps = run.train.steps
+    log.info(*packing_lines(loader))
     saver = Saver(
         Path(run.train.out) / "checkpoints",
         mesh.world,

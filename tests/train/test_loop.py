@@ -99,7 +99,8 @@ def test_rows_are_the_documented_ones(corpus: Path, tmp_path: Path, attention: b
     documented = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     assert set(row) <= documented
     of_attention = {"attention_moe_layers", "attention_load"}
-    assert documented - set(row) <= {"routing_supervision_loss", "skipped"} | (set() if attention else of_attention)
+    taught = {"routing_supervision_loss", "routing_accuracy", "label_accuracy"}
+    assert documented - set(row) <= taught | {"skipped"} | (set() if attention else of_attention)
     if attention:
         assert row["attention_moe_layers"] == [1] and len(row["attention_load"][0]) == 4
         assert sum(row["attention_load"][0]) == pytest.approx(1.0) and max(row["attention_load"][0]) <= 1 / 3 + 1e-9

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moe_engine.checkpoint.hf.folder import HfFolder
 from moe_engine.config import Data, Domain, Run
-from moe_engine.data.corpus import with_epochs
 from moe_engine.log.rows import read_rows
 from moe_engine.parallel.local_ranks import run_on_ranks
 from moe_engine.parallel.mesh import build_mesh
@@ -96,7 +95,7 @@ def test_loss_and_gradients_are_transformers(
     session = session_of(run, build_mesh(1, 1, 1))
     begin_of(session)
     batches = session.loader.next_step()
-    assert with_epochs(run, session.loader).train.steps == 1
+    assert session.run.train.steps == 1
     tally = accumulate(session.engine, session.terms, session.mesh, batches)
     assert float(tally.sums["lm_loss"] / tally.counts["lm_loss"]) == pytest.approx(loss, rel=1e-5)
     for parameter, name in session.engine.names.items():
@@ -112,9 +111,8 @@ def test_every_layout_takes_the_same_step(
 
     def on_rank(rank: int) -> None:
         mesh = build_mesh(*layout)
-        session = session_of(run_on(hf, samples, tmp_path, layout).model_copy(), mesh)
-        run = with_epochs(session.run, session.loader)
-        fit(session._replace(run=run))
+        session = session_of(run_on(hf, samples, tmp_path, layout), mesh)
+        fit(session)
         session.log.close()
 
     run_on_ranks(on_rank, layout[0] * layout[1] * layout[2])
@@ -134,9 +132,8 @@ def test_goes_on_in_the_middle_of_an_epoch_on_another_layout(hf: Path, samples: 
             run = run_on(hf, samples, out, layout, accumulation=accumulation, **small | changes)
             flat = run.optimizer.model_copy(update={"lr": 1e-3, "min_lr": 1e-3, "warmup_steps": 0})
             session = session_of(run.model_copy(update={"optimizer": flat}), build_mesh(*layout))
-            run = with_epochs(session.run, session.loader)
-            train = run.train.model_copy(update={key: changes[key] for key in ("steps",) if key in changes})
-            fit(session._replace(run=run.model_copy(update={"train": train})))
+            train = session.run.train.model_copy(update={key: changes[key] for key in ("steps",) if key in changes})
+            fit(session._replace(run=session.run.model_copy(update={"train": train})))
             session.log.close()
 
         run_on_ranks(on_rank, layout[0] * layout[1] * layout[2])
